@@ -1,0 +1,93 @@
+"""Every error that crosses one of our interfaces. Each says whose fault it is and what the caller may do.
+
+Errors carry fields, so that a program can act on them; the message is for a person, names the field and the fix, and
+is one line. Programmer errors are `assert`s and are not here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expertmesh.ids import ExpertId, HostId
+
+
+class ExpertMeshError(Exception):
+    """Base of all our errors."""
+
+
+# --- the user's: something they wrote or chose has to change ---------------------------------------------------------
+
+
+class ConfigError(ExpertMeshError):
+    """The user's: a config, an argument or an environment cannot work as given. Fix it and start again."""
+
+
+class CheckpointError(ExpertMeshError):
+    """The user's: a checkpoint is missing, incomplete, corrupt or of an architecture that cannot be served."""
+
+
+class InvalidRequestError(ExpertMeshError):
+    """The client's: this request can never succeed as it is. Do not retry it unchanged (HTTP 400 or 404)."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.status = status
+
+
+# --- the moment's: the same call may succeed later or elsewhere ------------------------------------------------------
+
+
+class OverloadedError(ExpertMeshError):
+    """Nobody's: too much work is waiting. Retry after `retry_after_s` (HTTP 429)."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ReplicaUnavailableError(ExpertMeshError):
+    """The network's, or a dead host's: the rows were not answered. Send them to another replica."""
+
+    def __init__(self, host: HostId, cause: str) -> None:
+        super().__init__(f"host {host} is unavailable: {cause}")
+        self.host = host
+        self.cause = cause
+
+
+class ReplicaFailedError(ExpertMeshError):
+    """The host's: it got the rows and refused them or failed to compute them. Do not send it the same rows again."""
+
+    def __init__(self, host: HostId, cause: str) -> None:
+        super().__init__(f"host {host} failed: {cause}")
+        self.host = host
+        self.cause = cause
+
+
+class NoReadyReplicaError(ExpertMeshError):
+    """The mesh's: nobody can serve this expert now. Retry later (HTTP 503)."""
+
+    def __init__(self, expert: ExpertId, cause: str = "") -> None:
+        super().__init__(f"no host can serve expert {expert} now" + (f" ({cause})" if cause else ""))
+        self.expert = expert
+
+
+class DeadlineExceededError(ExpertMeshError):
+    """Time ran out while work was pending. Do not retry within the same deadline (HTTP 504)."""
+
+    def __init__(self, message: str, *, deadline_s: float) -> None:
+        super().__init__(message)
+        self.deadline_s = deadline_s
+
+
+# --- between router and host -----------------------------------------------------------------------------------------
+
+
+class ProtocolError(ExpertMeshError):
+    """The peer's: a message breaks the protocol (shape, dtype, size, unknown expert). Nothing was computed."""
+
+
+class OutOfSlotsError(ExpertMeshError):
+    """The caller's: every slot of the pool holds a replica. Drop one first, or use another host."""
