@@ -6,14 +6,25 @@ is one line. Programmer errors are `assert`s and are not here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertmesh.ids import ExpertId, HostId
 
 
 class ExpertMeshError(Exception):
-    """Base of all our errors."""
+    """Base of all our errors. They keep their fields when they cross to another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[ExpertMeshError], args: tuple[Any, ...], fields: dict[str, Any]) -> ExpertMeshError:
+    """Rebuild an error without its constructor, whose signature is for those who raise it."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 # --- the user's: something they wrote or chose has to change ---------------------------------------------------------
@@ -87,6 +98,14 @@ class DeadlineExceededError(ExpertMeshError):
 
 class ProtocolError(ExpertMeshError):
     """The peer's: a message breaks the protocol (shape, dtype, size, unknown expert). Nothing was computed."""
+
+
+class NotHeldError(ExpertMeshError):
+    """The caller's placement is old, or too new: this host holds no replica of the expert. Ask another replica."""
+
+    def __init__(self, expert: ExpertId) -> None:
+        super().__init__(f"expert {expert} is not held here")
+        self.expert = expert
 
 
 class OutOfSlotsError(ExpertMeshError):

@@ -1,0 +1,192 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    FLOAT32: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+    FLOAT16: _ClassVar[DType]
+DTYPE_UNSPECIFIED: DType
+FLOAT32: DType
+BFLOAT16: DType
+FLOAT16: DType
+
+class ExchangeRequest(_message.Message):
+    __slots__ = ("id", "layer", "dtype", "num_rows", "rows", "experts", "counts", "pair_rows")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    PAIR_ROWS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    layer: int
+    dtype: DType
+    num_rows: int
+    rows: bytes
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    pair_rows: bytes
+    def __init__(self, id: _Optional[int] = ..., layer: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., num_rows: _Optional[int] = ..., rows: _Optional[bytes] = ..., experts: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., pair_rows: _Optional[bytes] = ...) -> None: ...
+
+class ExchangeReply(_message.Message):
+    __slots__ = ("id", "rows", "error", "compute_s")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    rows: bytes
+    error: Error
+    compute_s: float
+    def __init__(self, id: _Optional[int] = ..., rows: _Optional[bytes] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., compute_s: _Optional[float] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "message")
+    class Code(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UNSPECIFIED: _ClassVar[Error.Code]
+        INVALID: _ClassVar[Error.Code]
+        NOT_READY: _ClassVar[Error.Code]
+        FAILED: _ClassVar[Error.Code]
+    UNSPECIFIED: Error.Code
+    INVALID: Error.Code
+    NOT_READY: Error.Code
+    FAILED: Error.Code
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: Error.Code
+    message: str
+    def __init__(self, code: _Optional[_Union[Error.Code, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ExpertSpec(_message.Message):
+    __slots__ = ("hidden", "intermediate", "gated", "bias", "activation", "limit", "alpha", "dtype")
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    INTERMEDIATE_FIELD_NUMBER: _ClassVar[int]
+    GATED_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    hidden: int
+    intermediate: int
+    gated: bool
+    bias: bool
+    activation: str
+    limit: float
+    alpha: float
+    dtype: DType
+    def __init__(self, hidden: _Optional[int] = ..., intermediate: _Optional[int] = ..., gated: bool = ..., bias: bool = ..., activation: _Optional[str] = ..., limit: _Optional[float] = ..., alpha: _Optional[float] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+
+class ConfigureRequest(_message.Message):
+    __slots__ = ("checkpoint", "specs", "layer_specs", "layer_experts")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    SPECS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_SPECS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    specs: _containers.RepeatedCompositeFieldContainer[ExpertSpec]
+    layer_specs: _containers.RepeatedScalarFieldContainer[int]
+    layer_experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, checkpoint: _Optional[str] = ..., specs: _Optional[_Iterable[_Union[ExpertSpec, _Mapping]]] = ..., layer_specs: _Optional[_Iterable[int]] = ..., layer_experts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ConfigureReply(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TensorSource(_message.Message):
+    __slots__ = ("file", "name", "index")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    name: str
+    index: int
+    def __init__(self, file: _Optional[str] = ..., name: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
+
+class TensorRecipe(_message.Message):
+    __slots__ = ("sources", "transpose", "deinterleave")
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPOSE_FIELD_NUMBER: _ClassVar[int]
+    DEINTERLEAVE_FIELD_NUMBER: _ClassVar[int]
+    sources: _containers.RepeatedCompositeFieldContainer[TensorSource]
+    transpose: bool
+    deinterleave: bool
+    def __init__(self, sources: _Optional[_Iterable[_Union[TensorSource, _Mapping]]] = ..., transpose: bool = ..., deinterleave: bool = ...) -> None: ...
+
+class LoadRequest(_message.Message):
+    __slots__ = ("layer", "index", "w_in", "w_out", "b_in", "b_out")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    W_IN_FIELD_NUMBER: _ClassVar[int]
+    W_OUT_FIELD_NUMBER: _ClassVar[int]
+    B_IN_FIELD_NUMBER: _ClassVar[int]
+    B_OUT_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    index: int
+    w_in: TensorRecipe
+    w_out: TensorRecipe
+    b_in: TensorRecipe
+    b_out: TensorRecipe
+    def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ..., w_in: _Optional[_Union[TensorRecipe, _Mapping]] = ..., w_out: _Optional[_Union[TensorRecipe, _Mapping]] = ..., b_in: _Optional[_Union[TensorRecipe, _Mapping]] = ..., b_out: _Optional[_Union[TensorRecipe, _Mapping]] = ...) -> None: ...
+
+class LoadReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DropRequest(_message.Message):
+    __slots__ = ("layer", "index")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    index: int
+    def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class DropReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatisticsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExpertLoad(_message.Message):
+    __slots__ = ("layer", "index", "rows")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    index: int
+    rows: int
+    def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class StatisticsReply(_message.Message):
+    __slots__ = ("slots", "memory_bytes", "replicas", "launches", "rows", "busy_s", "streams", "process_id")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    LAUNCHES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    memory_bytes: int
+    replicas: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
+    launches: int
+    rows: int
+    busy_s: float
+    streams: int
+    process_id: int
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., launches: _Optional[int] = ..., rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., streams: _Optional[int] = ..., process_id: _Optional[int] = ...) -> None: ...

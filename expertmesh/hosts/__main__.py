@@ -1,0 +1,49 @@
+"""A host as a plain process: `EXPERTMESH_TOKEN=... python -m expertmesh.hosts --memory 2GiB`.
+
+Prints one JSON line with its address when it is ready, and ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+import torch
+from pydantic import ByteSize, TypeAdapter
+
+from expertmesh.errors import ExpertMeshError
+from expertmesh.hosts.host import Host, MakeKernel
+from expertmesh.hosts.process import TOKEN_VARIABLE, HostServer, available_memory
+from expertmesh.kernels import make_kernel
+
+
+def main(make: MakeKernel = make_kernel) -> None:
+    """Parse the command line, serve until standard input ends."""
+    parser = argparse.ArgumentParser(prog="python -m expertmesh.hosts", description=__doc__)
+    parser.add_argument("--bind", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=0, help="0 takes any free port")
+    parser.add_argument("--device", default="cpu", help='"cpu" or "cuda[:N]"')
+    parser.add_argument("--memory", default=None, help="for experts, such as 2GiB; default: most of what is free")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a launch")
+    arguments = parser.parse_args()
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        parser.error(f"set {TOKEN_VARIABLE} to the token that routers will send")
+
+    torch.set_num_threads(arguments.threads)
+    memory = TypeAdapter(ByteSize).validate_python(arguments.memory) if arguments.memory else None
+    host = Host(memory or available_memory(arguments.device), arguments.device, make)
+    try:
+        server = HostServer(host, token, bind=arguments.bind, port=arguments.port)
+    except ExpertMeshError as error:
+        parser.error(str(error))
+    sys.stdout.write(json.dumps({"address": server.address, "process_id": os.getpid()}) + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    server.close()
+
+
+if __name__ == "__main__":
+    main()

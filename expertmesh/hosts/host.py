@@ -1,0 +1,145 @@
+"""A host: the replicas on one device, and the launches that compute them. Knows nothing of gRPC or Ray.
+
+Requests that arrive together share one launch per pool, whatever layer or router they come from; what a request gets
+back does not depend on that. Not thread-safe: one thread, or one event loop, uses it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from expertmesh.errors import ConfigError
+from expertmesh.hosts.slots import SlotPool
+from expertmesh.hosts.statistics import HostStatistics
+from expertmesh.ids import ExpertId
+from expertmesh.kernels import make_kernel, slot_bytes
+from expertmesh.transport import LayerReply, LayerRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from expertmesh.hosts.configuration import HostConfiguration
+    from expertmesh.kernels import ExpertKernel
+    from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
+
+
+class MakeKernel(Protocol):
+    """How a host gets the kernel of a pool; benches bring their own."""
+
+    def __call__(self, spec: ExpertSpec, num_slots: int, device: str) -> ExpertKernel: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request whose experts have been found."""
+
+    request: LayerRequest
+    pool: int
+    slots: NDArray[np.int64]
+    """[e] the slot of each expert of the request."""
+
+
+class Host:
+    """Holds replicas within `memory_bytes` of `device` and computes pairs of (row, expert)."""
+
+    def __init__(self, memory_bytes: int, device: str = "cpu", make: MakeKernel = make_kernel) -> None:
+        self.memory_bytes = memory_bytes
+        self.configuration: HostConfiguration | None = None
+        self._device = device
+        self._make = make
+        self._pools: tuple[SlotPool, ...] = ()
+        self._launches = 0
+        self._rows = 0
+        self._busy_s = 0.0
+
+    def configure(self, configuration: HostConfiguration) -> tuple[int, ...]:
+        """Make empty pools for a model, and forget any before: the number of slots of each.
+
+        Memory is divided among shapes by what all their experts would take. Raises ConfigError when it holds none.
+        """
+        needs = [
+            configuration.num_experts(i) * slot_bytes(spec, self._device) for i, spec in enumerate(configuration.specs)
+        ]
+        share = min(1.0, self.memory_bytes / sum(needs))
+        slots = tuple(int(configuration.num_experts(i) * share) for i in range(len(needs)))
+        if not all(slots):
+            largest = max(slot_bytes(spec, self._device) for spec in configuration.specs)
+            raise ConfigError(
+                f"a host with memory of {self.memory_bytes:,} bytes holds no expert: one takes {largest:,} bytes"
+            )
+        self._pools = ()
+        self._pools = tuple(
+            SlotPool(self._make(spec, n, self._device)) for spec, n in zip(configuration.specs, slots, strict=True)
+        )
+        self.configuration = configuration
+        return slots
+
+    def _pool(self, layer: int) -> SlotPool:
+        assert self.configuration is not None
+        return self._pools[self.configuration.layer_specs[layer]]
+
+    def holds(self, expert: ExpertId) -> bool:
+        return self.configuration is not None and expert in self._pool(expert.layer)
+
+    def write(self, expert: ExpertId, weights: ExpertWeights) -> None:
+        """Make a replica ready. Raises OutOfSlotsError."""
+        self._pool(expert.layer).write(expert, weights)
+
+    def drop(self, expert: ExpertId) -> None:
+        """Free a replica's slot. Idempotent."""
+        self._pool(expert.layer).drop(expert)
+
+    def prepare(self, request: LayerRequest) -> Work:
+        """Find the slots that a request needs. Raises NotHeldError."""
+        assert self.configuration is not None
+        experts = [ExpertId(request.layer, int(index)) for index in request.experts]
+        slots = self._pool(request.layer).slots_of(experts)
+        return Work(request, self.configuration.layer_specs[request.layer], slots)
+
+    def compute(self, works: Sequence[Work]) -> list[LayerReply]:
+        """Answer all of `works`, in order, with one launch per pool that they need."""
+        replies: dict[int, LayerReply] = {}
+        for pool in {work.pool for work in works}:
+            chosen = [i for i, work in enumerate(works) if work.pool == pool]
+            replies |= zip(chosen, self._launch(self._pools[pool], [works[i] for i in chosen]), strict=True)
+        return [replies[i] for i in range(len(works))]
+
+    def _launch(self, pool: SlotPool, works: Sequence[Work]) -> list[LayerReply]:
+        spec = pool.kernel.spec
+        rows = np.concatenate([work.request.rows for work in works])
+        first_row = np.cumsum([0] + [len(work.request.rows) for work in works[:-1]])
+        row = np.concatenate([w.request.pair_rows + first for w, first in zip(works, first_row, strict=True)])
+        slot = np.concatenate([np.repeat(work.slots, work.request.counts) for work in works])
+        order = np.argsort(slot, kind="stable")
+
+        started = time.perf_counter()
+        x_TH = torch.from_numpy(rows).view(getattr(torch, spec.dtype))
+        y_PH = pool.kernel.run(x_TH, torch.from_numpy(row[order]).long(), torch.from_numpy(slot[order]))
+        took_s = time.perf_counter() - started
+
+        y_PB = np.empty((len(row), rows.shape[1]), np.uint8)
+        y_PB[order] = y_PH.view(torch.uint8).numpy()
+        for work in works:
+            pool.count(work.slots, work.request.counts)
+        self._launches += 1
+        self._rows += len(row)
+        self._busy_s += took_s
+        ends = np.cumsum([len(work.request.pair_rows) for work in works])
+        return [LayerReply(part, took_s) for part in np.split(y_PB, ends[:-1])]
+
+    def statistics(self) -> HostStatistics:
+        return HostStatistics(
+            slots=tuple(pool.kernel.num_slots for pool in self._pools),
+            memory_bytes=self.memory_bytes,
+            replicas=tuple(load for pool in self._pools for load in pool.loads()),
+            launches=self._launches,
+            rows=self._rows,
+            busy_s=self._busy_s,
+        )

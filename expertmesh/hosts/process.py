@@ -1,0 +1,87 @@
+"""Running a host's service: in a thread of this process, or as a process of its own without Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expertmesh.hosts.host import Host
+from expertmesh.hosts.service import start_server
+from expertmesh.transport.loop import LoopThread
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+TOKEN_VARIABLE = "EXPERTMESH_TOKEN"
+"""The environment variable that carries the shared token to processes, out of sight of `ps`."""
+
+
+class HostServer:
+    """A host and its gRPC server on an event loop in a thread, from construction to `close`."""
+
+    def __init__(self, host: Host, token: str, *, bind: str = "127.0.0.1", advertise: str = "", port: int = 0) -> None:
+        """Listen at `bind`; routers reach it at `advertise` (the bound address unless given).
+
+        Raises ConfigError when the port is taken.
+        """
+        self._thread = LoopThread("expertmesh-host")
+        try:
+            self._server, bound = self._thread.run(start_server(host, token, bind, port))
+        except BaseException:
+            self._thread.close()
+            raise
+        self.address = f"{advertise or bind}:{bound}"
+
+    def close(self) -> None:
+        """End the streams and free the port."""
+        self._thread.run(self._server.stop(grace=0))
+        self._thread.close()
+
+
+class HostProcess:
+    """A host in a child process (`python -m expertmesh.hosts`), which ends with this object or with this process."""
+
+    def __init__(self, token: str, *, memory: str = "1GiB", threads: int = 1, module: str = "expertmesh.hosts") -> None:
+        command = [sys.executable, "-m", module, "--memory", memory, "--threads", str(threads)]
+        environment = os.environ | {TOKEN_VARIABLE: token}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+        assert self._process.stdout is not None
+        ready: dict[str, Any] = json.loads(self._process.stdout.readline() or "{}")
+        if "address" not in ready:
+            raise RuntimeError(f"a host process ended before it was ready: {' '.join(command)}")
+        self.address: str = ready["address"]
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        """SIGKILL it, as a crash would."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """End it and wait. Idempotent."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def __enter__(self) -> HostProcess:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+def available_memory(device: str) -> int:
+    """Bytes that experts may take on `device`: nine tenths of what is free now."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0] * 0.9)
+    with open("/proc/meminfo") as lines:
+        free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return int(free_kib * 1024 * 0.9)

@@ -1,0 +1,194 @@
+"""The gRPC service of a host (protos/host.proto): checks what comes in, hands it to the host, answers.
+
+Errors become gRPC status codes, or error replies on the exchange stream, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import grpc
+
+from expertmesh._proto import host_pb2 as pb
+from expertmesh._proto.host_pb2_grpc import HostServicer, add_HostServicer_to_server
+from expertmesh.checkpoint.read import read_expert
+from expertmesh.checkpoint.source import resolve
+from expertmesh.errors import CheckpointError, ConfigError, NotHeldError, OutOfSlotsError, ProtocolError
+from expertmesh.hosts.batcher import Batcher
+from expertmesh.ids import ExpertId
+from expertmesh.transport import codec
+from expertmesh.transport.grpc_transport import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+    from expertmesh.hosts.host import Host
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_STREAMS = 1024
+"""Open calls per connection; more wait."""
+
+_SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+)
+
+
+class HostService(HostServicer):
+    """Serves one host on one event loop, which is also where it computes."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._batcher = Batcher(host.compute)
+        self._root: Path | None = None
+        self._streams = 0
+
+    async def Exchange(  # noqa: N802 - the names of RPCs are the protocol's
+        self, requests: AsyncIterator[pb.ExchangeRequest], _context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.ExchangeReply]:
+        self._streams += 1
+        try:
+            async for message in requests:
+                yield await self._answer(message)
+        finally:
+            self._streams -= 1
+
+    async def _answer(self, message: pb.ExchangeRequest) -> pb.ExchangeReply:
+        try:
+            if self._host.configuration is None:
+                return _error_reply(message.id, pb.Error.NOT_READY, "the host is not configured yet")
+            work = self._host.prepare(codec.decode_request(message, self._host.configuration))
+            return codec.encode_reply(message.id, await self._batcher.submit(work))
+        except ProtocolError as error:
+            return _error_reply(message.id, pb.Error.INVALID, str(error))
+        except NotHeldError as error:
+            return _error_reply(message.id, pb.Error.NOT_READY, str(error))
+        except Exception as error:  # noqa: BLE001 - the process boundary: one request's failure is its own
+            logger.exception("a launch failed")
+            return _error_reply(message.id, pb.Error.FAILED, f"{type(error).__name__}: {error}")
+
+    async def Configure(  # noqa: N802
+        self, message: pb.ConfigureRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ConfigureReply:
+        async def configure() -> pb.ConfigureReply:
+            configuration = codec.decode_configuration(message)
+            self._root = await asyncio.to_thread(resolve, configuration.checkpoint)
+            return pb.ConfigureReply(slots=self._host.configure(configuration))
+
+        return await _answered(configure, context)
+
+    async def Load(  # noqa: N802
+        self, message: pb.LoadRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.LoadReply:
+        async def load() -> pb.LoadReply:
+            expert = self._expert(message.layer, message.index)
+            assert self._root is not None and self._host.configuration is not None
+            if not self._host.holds(expert):
+                recipe, spec = codec.decode_recipe(message), self._host.configuration.spec(expert.layer)
+                # Reading takes milliseconds to seconds and must not hold up the rows that others wait for.
+                weights = await asyncio.to_thread(read_expert, self._root, recipe, spec)
+                self._host.write(expert, weights)
+            return pb.LoadReply()
+
+        return await _answered(load, context)
+
+    async def Drop(  # noqa: N802
+        self, message: pb.DropRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.DropReply:
+        async def drop() -> pb.DropReply:
+            self._host.drop(self._expert(message.layer, message.index))
+            return pb.DropReply()
+
+        return await _answered(drop, context)
+
+    async def Statistics(  # noqa: N802
+        self, _message: pb.StatisticsRequest, _context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.StatisticsReply:
+        statistics = self._host.statistics()
+        replicas = [pb.ExpertLoad(layer=e.layer, index=e.index, rows=rows) for e, rows in statistics.replicas]
+        return pb.StatisticsReply(
+            slots=statistics.slots,
+            memory_bytes=statistics.memory_bytes,
+            replicas=replicas,
+            launches=statistics.launches,
+            rows=statistics.rows,
+            busy_s=statistics.busy_s,
+            streams=self._streams,
+            process_id=os.getpid(),
+        )
+
+    def _expert(self, layer: int, index: int) -> ExpertId:
+        configuration = self._host.configuration
+        if configuration is None:
+            raise ProtocolError("the host is not configured yet")
+        if layer >= configuration.num_layers or index >= configuration.layer_experts[layer]:
+            raise ProtocolError(f"expert {layer}:{index}: the model has none such")
+        return ExpertId(layer, index)
+
+
+def _error_reply(request_id: int, code: pb.Error.Code, message: str) -> pb.ExchangeReply:
+    return pb.ExchangeReply(id=request_id, error=pb.Error(code=code, message=message))
+
+
+_STATUS = (
+    (ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
+    (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
+    (OutOfSlotsError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (CheckpointError, grpc.StatusCode.DATA_LOSS),
+)
+
+
+async def _answered(call: Callable[[], Awaitable[T]], context: grpc.aio.ServicerContext[Any, Any]) -> T:
+    """The call's result; our errors become the status that the controller reads back."""
+    try:
+        return await call()
+    except tuple(kind for kind, _ in _STATUS) as error:
+        status = next(status for kind, status in _STATUS if isinstance(error, kind))
+        await context.abort(status, str(error))
+
+
+class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+    """Ends every call that does not carry the token."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+        async def refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+            logger.warning("refused a call from %s: wrong or missing token", context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing token")
+
+        self._refuse = grpc.unary_unary_rpc_method_handler(refuse)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        given = dict(details.invocation_metadata or ()).get("authorization", "")
+        if isinstance(given, str) and hmac.compare_digest(given.encode(), self._expected):
+            return await continuation(details)
+        return self._refuse
+
+
+async def start_server(host: Host, token: str, bind: str = "127.0.0.1", port: int = 0) -> tuple[grpc.aio.Server, int]:
+    """Serve `host` at once: the server and its port. Raises ConfigError when the port is taken."""
+    server = grpc.aio.server(interceptors=(_TokenCheck(token),), options=_SERVER_OPTIONS)
+    add_HostServicer_to_server(HostService(host), server)
+    try:
+        bound = server.add_insecure_port(f"{bind}:{port}")
+    except RuntimeError as error:
+        raise ConfigError(f"port {port} on {bind} cannot be bound; is it in use?") from error
+    await server.start()
+    return server, bound

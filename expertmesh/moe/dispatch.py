@@ -1,0 +1,105 @@
+"""The dispatch plan: which token rows go to which replica, and how to undo it. A pure function of its inputs.
+
+A *pair* is one (token, chosen expert); pair p = t*K + k belongs to token t. Every pair is in exactly one part of a
+plan. The plan decides only where a row is computed, never what comes out.
+
+Shapes: T tokens, K experts per token, P pairs, E experts of the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from expertmesh.errors import NoReadyReplicaError
+from expertmesh.ids import ExpertId
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from expertmesh.placement import HostInfo, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class HostPart:
+    """The part of a plan that one host computes. Its pairs are grouped by expert."""
+
+    host: HostInfo
+    pairs: NDArray[np.int64]
+    """[p] which pairs, in the order in which they travel and come back."""
+    tokens: NDArray[np.int64]
+    """[t] the tokens whose rows travel, ascending, each once."""
+    pair_rows: NDArray[np.int32]
+    """[p] for each pair, its row among `tokens`."""
+    experts: NDArray[np.int64]
+    """[e] the experts wanted, each once."""
+    counts: NDArray[np.int64]
+    """[e] how many of the pairs each takes."""
+
+
+def make_dispatch_plan(
+    placement: Placement, layer: int, expert_P: NDArray[np.int64], num_choices: int, pairs: NDArray[np.int64]
+) -> list[HostPart]:
+    """Plan where `pairs` (indices into `expert_P`, the chosen expert of every pair) are computed.
+
+    An expert's pairs are split over its replicas in equal contiguous runs, in the placement's order. `num_choices`
+    is K. Raises NoReadyReplicaError when a wanted expert has no replica.
+    """
+    table = placement.layers[layer]
+    num_experts = len(table.num_replicas_E)
+    expert = expert_P[pairs]
+    replicas = table.num_replicas_E[expert]
+    if not replicas.all():
+        raise NoReadyReplicaError(ExpertId(layer, int(expert[np.argmin(replicas)])))
+    if table.host_EM.shape[1] == 1:
+        host = table.host_EM[expert, 0]
+    else:
+        host = table.host_EM[expert, _choose_replica(expert, replicas, num_experts)]
+
+    # One stable sort brings the pairs of a host, and in it those of an expert, together and keeps tokens ascending.
+    key = host * num_experts + expert
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    runs = np.flatnonzero(np.diff(key, prepend=-1))
+    run_host = key[runs] // num_experts
+    first_run = np.flatnonzero(np.diff(run_host, prepend=-1))
+    run_ends = np.append(runs[1:], len(key))
+
+    parts = []
+    for start, stop in zip(first_run, np.append(first_run[1:], len(runs)), strict=True):
+        chosen = pairs[order[runs[start] : run_ends[stop - 1]]]
+        tokens, pair_rows = _rows_once(chosen // num_choices, len(expert_P) // num_choices)
+        parts.append(
+            HostPart(
+                host=placement.hosts[run_host[start]],
+                pairs=chosen,
+                tokens=tokens,
+                pair_rows=pair_rows,
+                experts=key[runs[start:stop]] % num_experts,
+                counts=run_ends[start:stop] - runs[start:stop],
+            )
+        )
+    return parts
+
+
+def _choose_replica(
+    expert: NDArray[np.int64], replicas: NDArray[np.int64], num_experts: int
+) -> NDArray[np.int64]:
+    """For each pair, the ordinal of its replica: the i-th of an expert's n pairs goes to replica i * r // n."""
+    order = np.argsort(expert, kind="stable")
+    counts = np.bincount(expert, minlength=num_experts)
+    start = np.cumsum(counts) - counts
+    rank = np.empty_like(expert)
+    rank[order] = np.arange(len(expert)) - start[expert[order]]
+    return rank * replicas // counts[expert]
+
+
+def _rows_once(token: NDArray[np.int64], num_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The distinct tokens, ascending, and for each entry of `token` its position among them."""
+    wanted = np.zeros(num_tokens, dtype=np.bool_)
+    wanted[token] = True
+    tokens = np.flatnonzero(wanted)
+    position = np.cumsum(wanted, dtype=np.int32) - 1
+    return tokens, position[token].astype(np.int32, copy=False)

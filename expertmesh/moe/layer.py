@@ -1,0 +1,47 @@
+"""One MoE layer as the model calls it: exchange, then the weighted sum in fixed order.
+
+Shapes: T tokens, K experts per token, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from expertmesh.moe.exchange import Exchange
+
+
+def combine(rows_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """Sum each token's expert rows with its gate weights: y_TH in the rows' dtype.
+
+    Products and sums are float32, one k after the other in the gate's order, rounded once. Element-wise steps on
+    purpose: a reduction kernel may pick another order for another shape, and the answer must not depend on the batch.
+    """
+    weights = weights_TK.float().unsqueeze(-1)
+    total = rows_TKH[:, 0].float() * weights[:, 0]
+    for k in range(1, rows_TKH.shape[1]):
+        total += rows_TKH[:, k].float() * weights[:, k]
+    return total.to(rows_TKH.dtype)
+
+
+class MoeLayer:
+    """The experts of one layer, elsewhere: what a model's experts module calls in their place."""
+
+    def __init__(
+        self, exchange: Exchange, layer: int, finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        """`finish` is applied to each expert's row before it is weighted (few models normalise there)."""
+        self._exchange = exchange
+        self._layer = layer
+        self._finish = finish
+
+    def __call__(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The layer's routed output y_TH, on x's device and in its dtype. Errors are the exchange's."""
+        rows = self._exchange.run(self._layer, x_TH.cpu(), index_TK.cpu()).to(x_TH.device)
+        if self._finish is not None:
+            rows = self._finish(rows)
+        return combine(rows, weights_TK)

@@ -1,0 +1,48 @@
+"""The shape of the tiny model.
+
+Owns the numbers that make the architecture. Does not know the data or the training. Invariant: it is a plain
+transformers model, so anything that serves its architecture serves it.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+VOCAB_SIZE = 3072
+WINDOW = 384
+"""Tokens that the model is trained to look at. It accepts MAX_LENGTH, at a loss of quality past the window."""
+MAX_LENGTH = 1024
+END_OF_TEXT_ID = 0
+
+
+def tiny_config(*, vocab_size: int = VOCAB_SIZE) -> Qwen3MoeConfig:
+    """Four MoE layers of 16 experts, 2 for each token: 5.4M parameters, of which about 1.8M work on a token."""
+    return Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=224,
+        intermediate_size=192,
+        moe_intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=None,
+        eos_token_id=END_OF_TEXT_ID,
+        pad_token_id=END_OF_TEXT_ID,
+    )
+
+
+def new_model(config: Qwen3MoeConfig, *, seed: int) -> Qwen3MoeForCausalLM:
+    """Build a model with fresh float32 weights that depend on the seed only."""
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(config).float()
+    # Of transformers' ways to run experts this is the fastest on a CPU in float32 (4.7k tokens/s on one core against
+    # 4.2k eager); its default there, batched_mm, copies weights for every token and is twenty times slower.
+    model.set_experts_implementation("grouped_mm")
+    return model

@@ -1,0 +1,135 @@
+"""Tiny configurations of every architecture: general shrinking rules, and per architecture what they cannot guess.
+
+Owns sizes only. A rule applies to a configuration that has a field of that name, at any depth; everything else keeps
+the library's own default, so that a test model differs from a real one in size and in nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "shared_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "shared_experts_intermediate_size": 24,
+    "dense_intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "moe_num_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "index_topk": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "mlp_layer_types": ["dense", "sparse"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "sliding_window": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # the towers of multimodal models, which no test runs
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 4,
+    "image_size": 16,
+    "out_hidden_size": 32,
+    "text_hidden_size": 32,
+    "n_layers": 1,
+    "n_mel_bins": 8,
+    "mel_vocab_size": 8,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "output_dim": 32,
+    "downsample_hidden_size": 8,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+    "output_channels": 16,
+    "mlp_dim": 32,
+    "window_size": 4,
+    "global_attn_indexes": [0],
+    "downsample_channels": [16, 32],
+    "projection_hidden_dim": 32,
+    "projection_intermediate_size": 32,
+    "projector_hidden_size": 32,
+}
+
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _HYBRID,
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
+    "diffusion_gemma_text": {"top_k_experts": 2},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16]},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
+    "glm4v_moe_text": {"head_dim": 32},
+    "glm5_next_text": {"qk_rope_head_dim": 0, **_HYBRID},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, **_HYBRID},
+    "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 120},
+    "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 120},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "kimi_linear": _HYBRID,
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "muse_spark_text": {"moe_hidden_size": 24},
+    "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 2]},
+    "nemotron_h": {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "moe_latent_size": 16},
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "qwen4_exp_text": {"hc_lowrank": 8, **_HYBRID},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """A configuration of `model_type` with 2 or 3 layers, at least one of them with experts."""
+    return CONFIG_MAPPING[model_type](**_overrides(model_type))
+
+
+def _overrides(model_type: str) -> dict[str, Any]:
+    config_class = CONFIG_MAPPING[model_type]
+    defaults = config_class().to_dict()
+    overrides = {name: value for name, value in SMALL.items() if name in defaults}
+    if "qk_rope_head_dim" in overrides:  # latent attention derives its head size
+        overrides.pop("head_dim", None)
+        if "num_key_value_heads" in overrides: overrides["num_key_value_heads"] = overrides["num_attention_heads"]
+    for name, value in defaults.items():
+        if isinstance(value, dict) and "model_type" in value:
+            overrides[name] = {**_overrides(value["model_type"]), "model_type": value["model_type"]}
+    for name, value in SPECIAL.get(model_type, {}).items():
+        overrides[name] = value
+    return overrides
