@@ -92,6 +92,4 @@ class Placement:
             for layer, index in host["experts"]:
                 expert = ExpertId(layer, index)
                 replicas[expert] = (*replicas.get(expert, ()), HostId(host["id"]))
-        return Placement(
-            epoch=value["epoch"], hosts=hosts, num_experts=tuple(value["num_experts"]), replicas=replicas
-        )
+        return Placement(epoch=value["epoch"], hosts=hosts, num_experts=tuple(value["num_experts"]), replicas=replicas)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from expertmesh.transport import LayerReply
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from expertmesh.hosts.host import Work
+    from expertmesh.transport import LayerReply
 
 
 class Batcher:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expertmesh.hosts.host import Host
 from expertmesh.hosts.service import start_server
 from expertmesh.transport.loop import LoopThread
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from expertmesh.hosts.host import Host
 
 TOKEN_VARIABLE = "EXPERTMESH_TOKEN"
 """The environment variable that carries the shared token to processes, out of sight of `ps`."""
@@ -66,7 +67,8 @@ class HostProcess:
 
     def close(self) -> None:
         """End it and wait. Idempotent."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -74,7 +76,9 @@ class HostProcess:
     def __enter__(self) -> HostProcess:
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -55,7 +55,7 @@ class HostService(HostServicer):
         self._root: Path | None = None
         self._streams = 0
 
-    async def Exchange(  # noqa: N802 - the names of RPCs are the protocol's
+    async def Exchange(
         self, requests: AsyncIterator[pb.ExchangeRequest], _context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.ExchangeReply]:
         self._streams += 1
@@ -75,11 +75,11 @@ class HostService(HostServicer):
             return _error_reply(message.id, pb.Error.INVALID, str(error))
         except NotHeldError as error:
             return _error_reply(message.id, pb.Error.NOT_READY, str(error))
-        except Exception as error:  # noqa: BLE001 - the process boundary: one request's failure is its own
+        except Exception as error:
             logger.exception("a launch failed")
             return _error_reply(message.id, pb.Error.FAILED, f"{type(error).__name__}: {error}")
 
-    async def Configure(  # noqa: N802
+    async def Configure(
         self, message: pb.ConfigureRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ConfigureReply:
         async def configure() -> pb.ConfigureReply:
@@ -89,12 +89,11 @@ class HostService(HostServicer):
 
         return await _answered(configure, context)
 
-    async def Load(  # noqa: N802
-        self, message: pb.LoadRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.LoadReply:
+    async def Load(self, message: pb.LoadRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.LoadReply:
         async def load() -> pb.LoadReply:
             expert = self._expert(message.layer, message.index)
-            assert self._root is not None and self._host.configuration is not None
+            assert self._root is not None
+            assert self._host.configuration is not None
             if not self._host.holds(expert):
                 recipe, spec = codec.decode_recipe(message), self._host.configuration.spec(expert.layer)
                 # Reading takes milliseconds to seconds and must not hold up the rows that others wait for.
@@ -104,16 +103,14 @@ class HostService(HostServicer):
 
         return await _answered(load, context)
 
-    async def Drop(  # noqa: N802
-        self, message: pb.DropRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.DropReply:
+    async def Drop(self, message: pb.DropRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DropReply:
         async def drop() -> pb.DropReply:
             self._host.drop(self._expert(message.layer, message.index))
             return pb.DropReply()
 
         return await _answered(drop, context)
 
-    async def Statistics(  # noqa: N802
+    async def Statistics(
         self, _message: pb.StatisticsRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.StatisticsReply:
         statistics = self._host.statistics()

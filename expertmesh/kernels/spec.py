@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """An activation by name (a key of `kernels.activation.ACTIVATIONS`) with its constants.
+    """An activation by name (one of `kernels.activation.ACTIVATIONS`) with its constants.
 
     `limit` clamps (meaning per name), `alpha` scales inside the sigmoid. Both are ignored by names without them.
     """
@@ -48,13 +48,22 @@ class ExpertSpec:
         return self.intermediate * (2 if self.gated else 1)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of `ExpertWeights` that is not None."""
+        weights: dict[str, tuple[int, ...]] = {
+            "w_in": (self.rows_in, self.hidden),
+            "w_out": (self.hidden, self.intermediate),
+        }
+        return weights | {"b_in": (self.rows_in,), "b_out": (self.hidden,)} if self.bias else weights
+
+    @property
     def num_parameters(self) -> int:
         weights = self.hidden * (self.rows_in + self.intermediate)
         return weights + (self.rows_in + self.hidden if self.bias else 0)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one expert's weights as the slot holds them."""
+        """Bytes of one expert's weights in the spec's dtype. What its slot takes on a device is `slot_bytes`."""
         return self.num_parameters * (4 if self.dtype == "float32" else 2)
 
 
@@ -65,3 +74,9 @@ class ExpertWeights(NamedTuple):
     w_out: torch.Tensor
     b_in: torch.Tensor | None = None
     b_out: torch.Tensor | None = None
+
+    def check(self, spec: ExpertSpec) -> None:
+        """Assert that every tensor has the spec's shape and dtype: a copy into a slot would broadcast a wrong one."""
+        have = {name: (str(t.dtype), tuple(t.shape)) for name, t in self._asdict().items() if t is not None}
+        want = {name: (f"torch.{spec.dtype}", shape) for name, shape in spec.shapes.items()}
+        assert have == want, f"expert weights are {have}, the spec wants {want}"

@@ -84,9 +84,7 @@ def make_dispatch_plan(
     return parts
 
 
-def _choose_replica(
-    expert: NDArray[np.int64], replicas: NDArray[np.int64], num_experts: int
-) -> NDArray[np.int64]:
+def _choose_replica(expert: NDArray[np.int64], replicas: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:
     """For each pair, the ordinal of its replica: the i-th of an expert's n pairs goes to replica i * r // n."""
     order = np.argsort(expert, kind="stable")
     counts = np.bincount(expert, minlength=num_experts)

@@ -2,7 +2,7 @@
 
 Owns fetching (Debian packages, the running interpreter's library) and turning each format into plain text. Does not
 know how the text is split, tokenized or learned. Invariant: the documents of a domain depend only on the versions of
-its sources, and no passage is in two documents.
+its sources.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from expertmesh.errors import ConfigError
 PAGE_CHARS = 2000
 """Dictionary entries are short, so a document of that domain is a page of neighbouring entries of about this length."""
 
-# Tables and test fixtures read like data, and `_sysconfigdata` names the paths of the machine that built Python.
+# Tables and test fixtures read like data, not like programs.
 NOT_PROSE = {"__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests"}
+
+MACHINE_OWN = ("_sysconfigdata", "config-")
+"""What these name was written when this interpreter was built, and holds the paths of that machine."""
 
 VERSE = re.compile(r"^(?P<chapter>[1-3]?[A-Za-z]+\d+):\d+ (?P<text>.+)$")
 ENTRY = re.compile(r"^(?=\S)", re.MULTILINE)
@@ -132,8 +135,8 @@ def python() -> Corpus:
     documents: list[Document] = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if NOT_PROSE.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
-            text = path.read_text(encoding="utf-8", errors="strict")
+        if NOT_PROSE.isdisjoint(name.parts) and not name.as_posix().startswith(MACHINE_OWN):
+            text = path.read_text(encoding="utf-8")
             if text.strip():
                 documents.append(Document(name=name.as_posix(), text=text))
     return Corpus(

@@ -37,9 +37,7 @@ def encode_request(request_id: int, request: LayerRequest) -> pb.ExchangeRequest
     )
 
 
-def decode_request(
-    message: pb.ExchangeRequest, configuration: HostConfiguration
-) -> LayerRequest:
+def decode_request(message: pb.ExchangeRequest, configuration: HostConfiguration) -> LayerRequest:
     """Check a router's message against what this host is configured for."""
     if message.layer >= configuration.num_layers:
         raise ProtocolError(f"layer {message.layer}: the model has {configuration.num_layers} MoE layers")

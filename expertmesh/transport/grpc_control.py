@@ -9,7 +9,6 @@ import grpc
 from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostStub
 from expertmesh.errors import CheckpointError, ConfigError, OutOfSlotsError, ProtocolError, ReplicaUnavailableError
-from expertmesh.hosts.configuration import HostConfiguration
 from expertmesh.hosts.statistics import HostStatistics
 from expertmesh.ids import ExpertId
 from expertmesh.transport import codec
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from expertmesh.checkpoint.recipe import ExpertRecipe
+    from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.placement import HostInfo
 
 T = TypeVar("T")

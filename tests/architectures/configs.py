@@ -96,18 +96,43 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16]},
     "flint": {"mlp_only_layers": [0]},
-    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 8,
+    },
     "glm4v_moe_text": {"head_dim": 32},
     "glm5_next_text": {"qk_rope_head_dim": 0, **_HYBRID},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, **_HYBRID},
-    "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 120},
-    "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 120},
+    "inkling_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "unpadded_vocab_size": 120,
+    },
+    "inkling2_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "unpadded_vocab_size": 120,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "kimi_linear": _HYBRID,
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "muse_spark_text": {"moe_hidden_size": 24},
     "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 2]},
-    "nemotron_h": {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "moe_latent_size": 16},
+    "nemotron_h": {
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "moe_latent_size": 16,
+    },
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,
     "qwen4_exp_text": {"hc_lowrank": 8, **_HYBRID},
@@ -126,7 +151,8 @@ def _overrides(model_type: str) -> dict[str, Any]:
     overrides = {name: value for name, value in SMALL.items() if name in defaults}
     if "qk_rope_head_dim" in overrides:  # latent attention derives its head size
         overrides.pop("head_dim", None)
-        if "num_key_value_heads" in overrides: overrides["num_key_value_heads"] = overrides["num_attention_heads"]
+        if "num_key_value_heads" in overrides:
+            overrides["num_key_value_heads"] = overrides["num_attention_heads"]
     for name, value in defaults.items():
         if isinstance(value, dict) and "model_type" in value:
             overrides[name] = {**_overrides(value["model_type"]), "model_type": value["model_type"]}

@@ -1,0 +1,52 @@
+"""The composition root: from a config to a Ray Serve application.
+
+`serve deploy configs/x.yaml` and `expertmesh serve configs/x.yaml` both come here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.serve.config import DeploymentActorConfig
+
+from expertmesh.control.actor import ControllerActor
+from expertmesh.hosts.process import TOKEN_VARIABLE
+from expertmesh.serve.deployments import CONTROLLER, GatewayDeployment, RouterDeployment
+
+if TYPE_CHECKING:
+    from expertmesh.config import MeshConfig
+
+
+def build(args: MeshConfig) -> serve.Application:
+    """The application of one mesh: gateway -> router, and the controller that the router deployment owns."""
+    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
+    config: dict[str, Any] = args.model_dump(mode="json")
+    controller = DeploymentActorConfig(
+        name=CONTROLLER,
+        actor_class=ControllerActor,
+        init_kwargs={"config": config, "token": token},
+        actor_options={"num_cpus": 0, "max_concurrency": 1000},
+    )
+    router = serve.deployment(
+        RouterDeployment,
+        name="router",
+        num_replicas=args.router.replicas,
+        ray_actor_options={"num_cpus": args.router.cpus, "num_gpus": args.router.gpus},
+        # The engine has its own bounded queue and says 429 itself; Serve must not hold requests back before it.
+        max_ongoing_requests=args.router.max_requests + args.router.max_queue + 64,
+        deployment_actors=[controller],
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=30,
+    )
+    gateway = serve.deployment(
+        GatewayDeployment,
+        name="gateway",
+        num_replicas=args.gateway.replicas,
+        ray_actor_options={"num_cpus": args.gateway.cpus},
+        max_ongoing_requests=args.gateway.max_ongoing_requests,
+        graceful_shutdown_timeout_s=30,
+    )
+    return gateway.bind(config, router.bind(config, token))

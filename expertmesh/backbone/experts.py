@@ -1,0 +1,57 @@
+"""What stands where a layer's experts stood: transformers' experts interface, leading to a callable.
+
+Knows nothing of where the experts are. Invariant: an experts module that was emptied holds no parameters of its own.
+
+Shapes: T tokens, K experts per token, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+IMPLEMENTATION = "expertmesh"
+"""Our name among transformers' experts implementations."""
+
+MoeLayerFn: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x_TH, expert index_TK, gate weights_TK) -> y_TH, the weighted sum over K in the gate's order, in x's dtype."""
+
+
+def mesh_experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' experts function: called with the experts module, as its forward."""
+    layer: MoeLayerFn = module.mesh_layer
+    if not module.has_post_expert_norm:
+        return layer(hidden_states, top_k_index, top_k_weights)
+    # The norm, which stays here, comes between an expert and its weight. So each (token, expert) pair is asked for as
+    # a token of its own with weight 1, and the sum over K is done here, in the gate's order and float32 as ever.
+    num_tokens, k = top_k_index.shape
+    alone_P1 = top_k_index.reshape(-1, 1)
+    rows_PH = layer(hidden_states.repeat_interleave(k, dim=0), alone_P1, torch.ones_like(alone_P1, dtype=torch.float32))
+    rows_TKH = module.post_expert_norm(rows_PH).float().unflatten(0, (num_tokens, k))
+    total_TH = torch.zeros_like(rows_TKH[:, 0])
+    for slot in range(k):
+        total_TH = total_TH + rows_TKH[:, slot] * top_k_weights[:, slot, None].float()
+    return total_TH.to(hidden_states.dtype)
+
+
+def not_connected(x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """A layer before `Backbone.connect`."""
+    raise RuntimeError("this model's experts are elsewhere and not connected: call Backbone.connect(layers) first")
+
+
+def empty_experts(module: Any) -> list[str]:
+    """Take an experts module's own parameters out (those of a norm inside it stay) and return their names."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    for name in names:
+        module._parameters[name] = None
+    module._is_hf_initialized = True  # there is nothing left that transformers could initialise
+    module.mesh_layer = not_connected
+    return names
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, mesh_experts)

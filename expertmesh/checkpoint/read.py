@@ -1,0 +1,107 @@
+"""Reading one expert by its recipe: from the files' tensors to the slot's.
+
+Needs torch and safetensors only, so that a host starts fast, and reads only the bytes of the expert asked for. Knows
+nothing of architectures. Invariant: what it returns has the spec's shapes and dtype, and every number is finite.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from expertmesh.errors import CheckpointError
+from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from expertmesh.checkpoint.recipe import ExpertRecipe, TensorRecipe, TensorSource
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_expert(root: Path, recipe: ExpertRecipe, spec: ExpertSpec) -> ExpertWeights:
+    """Read one expert. To read several, open one `ExpertReader`."""
+    with ExpertReader(root) as reader:
+        return reader.read(recipe, spec)
+
+
+class ExpertReader:
+    """Reads experts of one checkpoint folder, keeping the files it opened mapped until it is closed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the files. Idempotent."""
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, recipe: ExpertRecipe, spec: ExpertSpec) -> ExpertWeights:
+        """One expert's tensors in slot layout, in the spec's dtype.
+
+        Raises CheckpointError, naming tensor and file, if one is missing, of another shape, of a dtype that is not a
+        plain float, or holds a NaN or an infinity.
+        """
+        assert spec.bias == (recipe.b_in is not None) == (recipe.b_out is not None)
+        b_in = b_out = None
+        if recipe.b_in is not None and recipe.b_out is not None:
+            b_in = self._build(recipe.b_in, (spec.rows_in,), spec.dtype)
+            b_out = self._build(recipe.b_out, (spec.hidden,), spec.dtype)
+        return ExpertWeights(
+            w_in=self._build(recipe.w_in, (spec.rows_in, spec.hidden), spec.dtype),
+            w_out=self._build(recipe.w_out, (spec.hidden, spec.intermediate), spec.dtype),
+            b_in=b_in,
+            b_out=b_out,
+        )
+
+    def _build(self, recipe: TensorRecipe, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        parts = [self._load(source, getattr(torch, dtype)) for source in recipe.sources]
+        if recipe.transpose:
+            parts = [part.T for part in parts]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if recipe.deinterleave:
+            tensor = torch.cat((tensor[0::2], tensor[1::2]))
+        if tensor.shape != shape:
+            found = tuple(tensor.shape)
+            raise CheckpointError(f"{self._name(recipe.sources[0])} makes a tensor of shape {found}, not {shape}")
+        return tensor.contiguous()
+
+    def _load(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
+        try:
+            file = self._open(source.file)
+            tensor: torch.Tensor = (
+                file.get_tensor(source.name) if source.index is None else file.get_slice(source.name)[source.index]
+            )
+        except (SafetensorError, OSError, IndexError) as error:
+            raise CheckpointError(f"cannot read {self._name(source)}: {error}") from error
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(f"{self._name(source)} is stored as {tensor.dtype}: quantized experts have no recipe")
+        cast = tensor.to(dtype)
+        if not all(bound.isfinite() for bound in torch.aminmax(cast)):  # one pass; a NaN reaches both bounds
+            cause = f"does not fit in {dtype}" if tensor.isfinite().all() else "holds a NaN or an infinity"
+            raise CheckpointError(f"{self._name(source)} {cause}")
+        return cast
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(self._root / file, framework="pt"))
+        return self._files[file]
+
+    def _name(self, source: TensorSource) -> str:
+        expert = "" if source.index is None else f"[{source.index}]"
+        return f"tensor {source.name}{expert} of {self._root / source.file}"

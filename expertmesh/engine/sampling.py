@@ -1,0 +1,196 @@
+"""How one request picks its next token from the model's logits.
+
+Owns the order of the steps and what each parameter means: vLLM's. Does not know batches beyond stacking rows, nor when a
+request ends. Invariant: a choice is a pure function of (logits row, parameters, tokens so far); ties go to the lowest id.
+
+Order: log-probabilities of the raw distribution; logit bias; stop tokens masked before `min_tokens`; repetition, then
+frequency and presence penalties; temperature; min_p, top_k, top_p; Gumbel-max (see noise.py).
+
+Shapes: B rows, V vocabulary, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from expertmesh.engine.noise import gumbel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from expertmesh.engine.api import GenerateRequest, SamplingParams
+
+    Ids = NDArray[np.int64]
+    Scores = NDArray[np.float64]
+
+_GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would only overflow (vLLM's limit)."""
+_NUCLEUS_GUESS = 1024
+"""How many of the most likely tokens top_p sorts first. Nearly every nucleus is smaller; sorting a vocabulary is slow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One chosen token. Log-probabilities are natural, of the model's own distribution."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most likely first."""
+
+
+class SamplingState:
+    """What a request's next choice depends on, besides the logits."""
+
+    def __init__(self, request: GenerateRequest, eos_token_ids: Iterable[int]) -> None:
+        self.params = request.sampling
+        self.num_generated = request.num_resumed
+        self.position = len(request.prompt_ids)
+        """Index in the sequence of the token to be chosen next."""
+        self.stop_ids = frozenset(self.params.stop_token_ids)
+        """Tokens that end the request."""
+        if not self.params.ignore_eos:
+            self.stop_ids |= frozenset(eos_token_ids)
+        num_prompt = len(request.prompt_ids) - request.num_resumed
+        self.prompt_ids = frozenset(request.prompt_ids[:num_prompt])
+        self.generated_counts = Counter(request.prompt_ids[num_prompt:])
+
+    def append(self, token_id: int) -> None:
+        self.num_generated += 1
+        self.position += 1
+        self.generated_counts[token_id] += 1
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < _GREEDY_BELOW
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether anything but temperature and truncation may change the logits."""
+        params = self.params
+        return (
+            bool(params.logit_bias)
+            or self.num_generated < params.min_tokens
+            or params.repetition_penalty != 1.0
+            or params.frequency_penalty != 0.0
+            or params.presence_penalty != 0.0
+        )
+
+
+def choose_tokens(logits_BV: torch.Tensor, states: Sequence[SamplingState]) -> list[Choice | None]:
+    """Choose the next token of each row. `logits_BV` is float32 on any device, one row per state.
+
+    A row's entry is None when its logits have no finite maximum: the model is broken for that row only.
+    """
+    argmax_B = _argmax(logits_BV)
+    rows_B = torch.arange(len(states), device=logits_BV.device)
+    is_finite_B = logits_BV[rows_B, argmax_B].isfinite().tolist()
+    token_ids: list[int | None] = []
+    for row, (state, greedy_id) in enumerate(zip(states, argmax_B.tolist(), strict=True)):
+        if not is_finite_B[row]:
+            token_ids.append(None)
+        elif state.is_greedy and not state.is_adjusted:
+            token_ids.append(greedy_id)
+        else:
+            token_ids.append(choose(logits_BV[row].cpu().numpy(), state))
+    return [
+        None if token_id is None else _with_logprobs(token_id, logits_BV[row], state.params.top_logprobs)
+        for row, (token_id, state) in enumerate(zip(token_ids, states, strict=True))
+    ]
+
+
+def choose(logits_V: NDArray[np.float32], state: SamplingState) -> int:
+    """Choose the next token of one row."""
+    scores_V = adjust(logits_V, state)
+    if state.is_greedy:
+        return int(scores_V.argmax())
+    scores_V /= state.params.temperature
+    ids_C = candidates(scores_V, state.params)
+    return int(ids_C[(scores_V[ids_C] + gumbel(state.params.seed, state.position, ids_C)).argmax()])
+
+
+def adjust(logits_V: NDArray[np.float32], state: SamplingState) -> Scores:
+    """A copy of the row after bias, `min_tokens` and penalties, as float64."""
+    params = state.params
+    scores_V = logits_V.astype(np.float64)
+    for token_id, bias in params.logit_bias.items():
+        scores_V[token_id] += bias
+    if state.num_generated < params.min_tokens:
+        scores_V[list(state.stop_ids)] = -np.inf
+    if params.repetition_penalty != 1.0:
+        ids_C = np.fromiter(state.prompt_ids | state.generated_counts.keys(), np.int64)
+        seen_C = scores_V[ids_C]
+        scores_V[ids_C] = np.where(seen_C > 0, seen_C / params.repetition_penalty, seen_C * params.repetition_penalty)
+    if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+        ids_C = np.fromiter(state.generated_counts.keys(), np.int64)
+        counts_C = np.fromiter(state.generated_counts.values(), np.float64)
+        scores_V[ids_C] -= params.frequency_penalty * counts_C + params.presence_penalty
+    return scores_V
+
+
+def candidates(scores_V: Scores, params: SamplingParams) -> Ids:
+    """The ids that min_p, top_k and top_p leave, ascending. The most likely token is always among them."""
+    peak = scores_V.max()
+    floor = peak + math.log(params.min_p) if params.min_p > 0 else -np.inf
+    ids_C = np.flatnonzero(scores_V >= floor) if params.min_p > 0 else np.arange(len(scores_V))
+    if 0 < params.top_k < len(ids_C):
+        ids_C = ids_C[_most_likely(scores_V[ids_C], params.top_k)]
+    if params.top_p < 1.0:
+        weights_C = np.exp(scores_V[ids_C] - peak)
+        ids_C = ids_C[_nucleus(weights_C, params.top_p * weights_C.sum())]
+    ids_C.sort()
+    return ids_C
+
+
+def _nucleus(weights_C: Scores, mass: float) -> Ids:
+    """Indices of the fewest largest weights that together reach `mass`; at least one."""
+    limit = _NUCLEUS_GUESS
+    while True:
+        order = _most_likely(weights_C, limit)
+        before = np.concatenate(([0.0], np.cumsum(weights_C[order])[:-1]))
+        size = max(1, int(np.searchsorted(before, mass)))
+        if size < len(order) or len(order) == len(weights_C):
+            return order[:size]
+        limit *= 8
+
+
+def _most_likely(scores_C: NDArray[Any], limit: int) -> Ids:
+    """Indices of the `limit` highest scores, highest first; of equal ones the lower index first."""
+    num_scores = len(scores_C)
+    if limit < num_scores:
+        threshold = np.partition(scores_C, num_scores - limit)[num_scores - limit]
+        indices = np.flatnonzero(scores_C >= threshold)
+    else:
+        indices = np.arange(num_scores)
+    return indices[np.argsort(-scores_C[indices], kind="stable")][:limit]
+
+
+def _with_logprobs(token_id: int, logits_V: torch.Tensor, num_top: int | None) -> Choice:
+    if num_top is None:
+        return Choice(token_id=token_id)
+    logprobs_V = torch.log_softmax(logits_V, dim=-1).cpu().numpy()
+    return Choice(
+        token_id=token_id, logprob=float(logprobs_V[token_id]), top_logprobs=most_likely_logprobs(logprobs_V, num_top)
+    )
+
+
+def most_likely_logprobs(logprobs_V: NDArray[np.float32], num_top: int) -> tuple[tuple[int, float], ...]:
+    """The `num_top` most likely (token id, log-probability), most likely first."""
+    if num_top == 0:
+        return ()
+    return tuple((int(token_id), float(logprobs_V[token_id])) for token_id in _most_likely(logprobs_V, num_top))
+
+
+def _argmax(logits_BV: torch.Tensor) -> torch.Tensor:
+    """The first index of each row's maximum, or of its first NaN."""
+    if logits_BV.device.type == "cpu":  # numpy's is vectorised, torch's is not: 1.5 against 9 ms for 32 rows of 152k
+        return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))
+    return logits_BV.argmax(dim=-1)

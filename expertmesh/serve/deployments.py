@@ -1,0 +1,148 @@
+"""The two Ray Serve deployments: thin shells around `Router` and the gateway's app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+
+from expertmesh.config import MeshConfig
+from expertmesh.errors import ConfigError, ExpertMeshError
+from expertmesh.serve.router import Router
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from fastapi import FastAPI
+
+    from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
+    from expertmesh.placement import Placement
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER = "controller"
+"""Name of the actor that the router deployment owns."""
+
+_POLL_S = 20.0
+
+
+class RouterDeployment:
+    """A replica holds one `Router` and follows the controller's placements."""
+
+    async def __init__(self, config: dict[str, Any], token: str) -> None:
+        placement = await self._first_placement()
+        self._router = await asyncio.to_thread(Router, MeshConfig.model_validate(config), placement, token)
+        self._follower = asyncio.create_task(self._follow())
+
+    async def _first_placement(self) -> Placement:
+        """Wait for the controller's start. Raises ConfigError with what it failed on."""
+        while True:
+            controller = _controller()
+            status = await controller.status.remote()
+            if status["error"]:
+                raise ConfigError(status["error"])
+            placement: Placement | None = await controller.wait_placement.remote(0, _POLL_S)
+            if placement is not None:
+                return placement
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                controller = _controller()
+                await controller.status.remote()
+                placement = await controller.wait_placement.remote(self._router.epoch, _POLL_S)
+            except (RayActorError, ValueError):
+                # The controller is gone; Serve starts another. Until then the last placement stands.
+                await asyncio.sleep(1.0)
+            else:
+                if placement is not None:
+                    await asyncio.to_thread(self._router.update, placement)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
+        async for events in self._router.generate(request):
+            yield events
+
+    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+        return await self._router.score(prompt_ids, top_logprobs)
+
+    async def mesh(self, what: str) -> Any:
+        """What /mesh/WHAT answers: the controller's word."""
+        return await _controller().report.remote(what)
+
+    async def ready(self) -> bool:
+        return self._router.healthy
+
+    def check_health(self) -> None:
+        """Serve's health check: a dead engine thread ends the replica, and Serve starts another."""
+        if not self._router.healthy:
+            raise RuntimeError("the engine has died")
+
+    async def __del__(self) -> None:
+        """Called by Serve after the replica has drained."""
+        self._follower.cancel()
+        await asyncio.to_thread(self._router.close)
+
+
+def _controller() -> Any:
+    return serve.get_deployment_actor(CONTROLLER)
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """A replica serves HTTP; all it knows of the mesh is the router deployment's handle."""
+
+    def __init__(self, config: dict[str, Any], router: Any) -> None:
+        self._config = MeshConfig.model_validate(config)
+        self._router = router
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from expertmesh.serve.gateway import gateway_app  # imports transformers: only here, in the replica
+
+        return gateway_app(self._config, RouterHandle(self._router))
+
+
+class RouterHandle:
+    """The gateway's backend over a Serve handle. Our errors come out of it as themselves."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
+        answer = self._handle.options(stream=True).generate.remote(request)
+        try:
+            with _own_errors():
+                async for events in answer:
+                    yield events
+        finally:
+            answer.cancel()  # does nothing once the answer is complete
+
+    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+        with _own_errors():
+            result: PromptLogprobs = await self._handle.score.remote(prompt_ids, top_logprobs)
+            return result
+
+    async def mesh(self, what: str) -> Any:
+        with _own_errors():
+            return await self._handle.mesh.remote(what)
+
+    async def healthy(self) -> bool:
+        try:
+            return bool(await self._handle.ready.remote())
+        except ray.exceptions.RayError:
+            return False
+
+
+@contextlib.contextmanager
+def _own_errors() -> Any:
+    """Ray wraps what a remote call raised; unwrap what is ours."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, ExpertMeshError):
+            raise error.cause from None
+        raise
