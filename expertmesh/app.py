@@ -9,6 +9,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 from ray.serve.config import DeploymentActorConfig
 
@@ -26,7 +27,7 @@ def build(args: MeshConfig) -> serve.Application:
     config: dict[str, Any] = args.model_dump(mode="json")
     controller = DeploymentActorConfig(
         name=CONTROLLER,
-        actor_class=ControllerActor,
+        actor_class=ray.remote(ControllerActor),
         init_kwargs={"config": config, "token": token},
         actor_options={"num_cpus": 0, "max_concurrency": 1000},
     )

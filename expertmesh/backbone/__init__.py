@@ -1,5 +1,6 @@
-"""The dense part of a model: transformers' own, with its experts taken out and a callable in the place of each layer's."""
+"""The dense part of a model: transformers' own, with a callable in the place of each MoE layer's experts."""
 
-from expertmesh.backbone.backbone import Backbone, MoeLayerFn, attach_model, count_expert_parameters, load_backbone
+from expertmesh.backbone.backbone import Backbone, attach_model, count_expert_parameters, load_backbone
+from expertmesh.backbone.experts import MoeLayerFn
 
 __all__ = ["Backbone", "MoeLayerFn", "attach_model", "count_expert_parameters", "load_backbone"]

@@ -7,7 +7,6 @@ callable that somebody connects. Invariant: the experts' parameters are never al
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 from dataclasses import dataclass
@@ -15,22 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expertmesh.backbone.experts import IMPLEMENTATION, MoeLayerFn, empty_experts
-from expertmesh.checkpoint.architecture import (
-    build_skeleton,
-    choose_dtype,
-    find_experts,
-    find_model_class,
-    require_experts,
-)
-from expertmesh.checkpoint.source import stored_tensors
+from expertmesh.backbone.experts import IMPLEMENTATION, empty_experts
+from expertmesh.checkpoint.architecture import blame_checkpoint, find_experts, read_architecture, require_experts
 from expertmesh.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_log = logging.getLogger(__name__)
+    from expertmesh.backbone.experts import MoeLayerFn
 
 _load_lock = threading.Lock()
 """transformers sets the process's default dtype while it constructs a model."""
@@ -71,24 +63,21 @@ def load_backbone(
     checkpoint was indexed with. Raises CheckpointError if the architecture has no experts interface, or if a weight
     other than the experts' is missing or misshapen.
     """
-    model_class, config = find_model_class(path, auto_class)
-    dtype = choose_dtype(dtype, config, stored_tensors(path))
-    build_skeleton(model_class, config)
-    with _load_lock:
-        try:
-            model, info = _without_experts(model_class).from_pretrained(
-                path,
-                config=config,
-                dtype=getattr(torch, dtype),
-                experts_implementation=IMPLEMENTATION,
-                output_loading_info=True,
-                use_safetensors=True,
-                local_files_only=True,
-                **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
-    model.__class__ = model_class
+    architecture = read_architecture(path, dtype=dtype, auto_class=auto_class)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _load_lock, blame_checkpoint(f"load {path}"):
+        model, info = _without_experts(architecture.model_class).from_pretrained(
+            path,
+            config=architecture.config,
+            dtype=getattr(torch, architecture.dtype),
+            experts_implementation=IMPLEMENTATION,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        )
+    model.__class__ = architecture.model_class
     del model._keys_to_ignore_on_load_unexpected
     _check_loaded(path, model, info)
     model.requires_grad_(False)
@@ -103,7 +92,7 @@ def attach_model(model: Any) -> Backbone:
     experts = require_experts(model)
     model.set_experts_implementation(IMPLEMENTATION)
     for module in experts.values():
-        assert module.config._experts_implementation == IMPLEMENTATION
+        assert module.config._experts_implementation == IMPLEMENTATION, "the model kept another implementation"
         empty_experts(module)
     model.eval().requires_grad_(False)
     return Backbone(model=model, moe_modules=tuple(experts.values()))
@@ -126,12 +115,16 @@ def _without_experts(model_class: type[Any]) -> type[Any]:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        gone = [
-            f"^{re.escape(name)}\\.{parameter}$"
-            for name, module in find_experts(self).items()
+        gone = {
+            f"{name}.{parameter}"
+            for name, module in require_experts(self).items()
             for parameter in empty_experts(module)
-        ]
-        self._keys_to_ignore_on_load_unexpected = {*(model_class._keys_to_ignore_on_load_unexpected or ()), *gone}
+        }
+        ignored = {*(model_class._keys_to_ignore_on_load_unexpected or ()), *(f"^{re.escape(key)}$" for key in gone)}
+        self._keys_to_ignore_on_load_unexpected = ignored
+        self.all_tied_weights_keys = {
+            one: other for one, other in self.all_tied_weights_keys.items() if not gone & {one, other}
+        }
 
     body = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
     return type(model_class.__name__, (model_class,), body)
@@ -141,10 +134,10 @@ def _check_loaded(path: Path, model: Any, info: dict[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{path} has no weight for {missing[0]} ({len(missing)} are missing in all)")
-    unexpected = sorted(info["unexpected_keys"])
-    for name in find_experts(model):
-        unknown = [key for key in unexpected if key.startswith(f"{name}.")]
-        if unknown:
-            raise CheckpointError(f"{path} stores {unknown[0]}, which this architecture's experts do not have")
-    if unexpected:
-        _log.warning("%s stores weights that the model does not use, such as %s", path, unexpected[0])
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise CheckpointError(f"{path} stores {name} as {list(found)}, but its config expects {list(expected)}")
+    # A weight that the dense model has no place for is in transformers' own report; of an expert it would be missed.
+    experts = tuple(f"{name}." for name in find_experts(model))
+    for key in sorted(info["unexpected_keys"]):
+        if key.startswith(experts):
+            raise CheckpointError(f"{path} stores {key}, which this architecture's experts do not have")

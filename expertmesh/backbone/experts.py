@@ -2,7 +2,7 @@
 
 Knows nothing of where the experts are. Invariant: an experts module that was emptied holds no parameters of its own.
 
-Shapes: T tokens, K experts per token, H hidden.
+Shapes: T tokens, K experts per token, H hidden, P (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from expertmesh.moe.layer import combine
 
 IMPLEMENTATION = "expertmesh"
 """Our name among transformers' experts implementations."""
@@ -28,15 +30,11 @@ def mesh_experts(
     if not module.has_post_expert_norm:
         return layer(hidden_states, top_k_index, top_k_weights)
     # The norm, which stays here, comes between an expert and its weight. So each (token, expert) pair is asked for as
-    # a token of its own with weight 1, and the sum over K is done here, in the gate's order and float32 as ever.
-    num_tokens, k = top_k_index.shape
+    # a token of its own with weight 1, and the weighted sum is made here.
     alone_P1 = top_k_index.reshape(-1, 1)
-    rows_PH = layer(hidden_states.repeat_interleave(k, dim=0), alone_P1, torch.ones_like(alone_P1, dtype=torch.float32))
-    rows_TKH = module.post_expert_norm(rows_PH).float().unflatten(0, (num_tokens, k))
-    total_TH = torch.zeros_like(rows_TKH[:, 0])
-    for slot in range(k):
-        total_TH = total_TH + rows_TKH[:, slot] * top_k_weights[:, slot, None].float()
-    return total_TH.to(hidden_states.dtype)
+    ones_P1 = torch.ones_like(alone_P1, dtype=torch.float32)
+    rows_PH = layer(hidden_states.repeat_interleave(top_k_index.shape[1], dim=0), alone_P1, ones_P1)
+    return combine(module.post_expert_norm(rows_PH).unflatten(0, top_k_index.shape), top_k_weights)
 
 
 def not_connected(x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -45,13 +43,16 @@ def not_connected(x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.
 
 
 def empty_experts(module: Any) -> list[str]:
-    """Take an experts module's own parameters out (those of a norm inside it stay) and return their names."""
-    names = [name for name, parameter in module._parameters.items() if parameter is not None]
-    for name in names:
-        module._parameters[name] = None
-    module._is_hf_initialized = True  # there is nothing left that transformers could initialise
+    """Take an experts module's own parameters out (those of a norm inside it stay) and return their names.
+
+    A tensor of no experts stays in each one's place, as a plain attribute: some models' initialisation reaches for it.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    for name, parameter in parameters.items():
+        delattr(module, name)
+        setattr(module, name, torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device="cpu"))
     module.mesh_layer = not_connected
-    return names
+    return list(parameters)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, mesh_experts)

@@ -1,44 +1,70 @@
-"""Architectures as transformers knows them: a checkpoint's model class, its skeleton, and the experts modules in it.
+"""A checkpoint's architecture as transformers knows it: the model class, its skeleton, and the experts modules in it.
 
 Needs transformers. A skeleton is the whole model on torch's meta device: every name and shape, no memory. The one
-interface that an architecture must have is transformers' experts interface (`@use_experts_implementation`).
+thing that an architecture must have is transformers' experts interface (`@use_experts_implementation`).
 """
 
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers.models.auto.auto_factory import _get_model_class
 
+from expertmesh.checkpoint.source import stored_tensors
 from expertmesh.errors import CheckpointError, ConfigError
 from expertmesh.kernels.spec import DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from expertmesh.checkpoint.source import StoredTensor
-
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def find_model_class(path: Path, auto_class: str | None = None) -> tuple[type[Any], Any]:
-    """A checkpoint's model class, and the config to construct it with.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What a checkpoint's config says, settled: which class to construct, of which config, in which dtype."""
 
-    `auto_class` names a class of transformers' such as "AutoModelForTokenClassification"; None takes the first that
-    generates text and knows the architecture. A multimodal checkpoint of which transformers has a text-only class
-    is served by that. Raises CheckpointError if there is none, or if the weights are quantized.
+    model_class: type[Any]
+    config: Any
+    dtype: str
+    """One of `kernels.spec.DTYPES`."""
+
+    def build_skeleton(self) -> Any:
+        """The model on the meta device.
+
+        Raises CheckpointError if the config or a missing package prevents it, or if no layer has the experts interface.
+        """
+        with blame_checkpoint(f"construct {self.model_class.__name__} from its config"), torch.device("meta"):
+            skeleton = self.model_class._from_config(copy.deepcopy(self.config))
+        require_experts(skeleton)
+        return skeleton
+
+
+def read_architecture(path: Path, *, dtype: str | None = None, auto_class: str | None = None) -> Architecture:
+    """The architecture of the checkpoint in a folder.
+
+    `dtype` None takes the checkpoint's own. `auto_class` names a class of transformers' such as
+    "AutoModelForTokenClassification"; None takes the first that generates text and knows the architecture. A
+    multimodal checkpoint of which transformers has a text-only class is served by that.
+
+    Raises CheckpointError if transformers has no such class, or if the checkpoint is quantized or in an odd dtype;
+    ConfigError if the dtype asked for is none of `DTYPES`.
     """
-    try:
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    with blame_checkpoint(f"read {path / 'config.json'}"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"transformers {transformers.__version__} cannot use {path}/config.json: {cause}"
-        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{path} is quantized, which is not supported: save it in bfloat16 first")
+    own_dtype = str(config.dtype or config.get_text_config().dtype or _stored_dtype(path)).removeprefix("torch.")
+    if dtype is None and own_dtype not in DTYPES:
+        raise CheckpointError(f"{path} is in {own_dtype}: ask for a dtype, one of {', '.join(DTYPES)}")
     for name in (auto_class,) if auto_class is not None else _AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping
         if type(config) in mapping:
@@ -48,17 +74,13 @@ def find_model_class(path: Path, auto_class: str | None = None) -> tuple[type[An
     model_class = _get_model_class(config, mapping)
     if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{path} is quantized, which is not supported: save it in bfloat16 first")
-    return model_class, config
+    return Architecture(model_class=model_class, config=config, dtype=dtype or own_dtype)
 
 
-def build_skeleton(model_class: type[Any], config: Any) -> Any:
-    """The model on the meta device. Raises CheckpointError if none of its layers has the experts interface."""
-    with torch.device("meta"):
-        skeleton = model_class._from_config(copy.deepcopy(config))
-    require_experts(skeleton)
-    return skeleton
+def _stored_dtype(path: Path) -> str:
+    """That of the first stored float, for a config that names none."""
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return next((names[tensor.dtype] for tensor in stored_tensors(path).values() if tensor.dtype in names), "no float")
 
 
 def find_experts(model: torch.nn.Module) -> dict[str, Any]:
@@ -77,20 +99,11 @@ def require_experts(model: Any) -> dict[str, Any]:
     return experts
 
 
-def choose_dtype(requested: str | None, config: Any, stored: dict[str, StoredTensor]) -> str:
-    """The dtype to load in: the one requested, else the config's, else the first stored weight's.
-
-    Raises ConfigError for a request that is none of `DTYPES`, CheckpointError for a checkpoint that is stored in none.
-    """
-    if requested is not None:
-        if requested not in DTYPES:
-            raise ConfigError(f"dtype {requested!r} is not one of {', '.join(DTYPES)}")
-        return requested
-    configured = config.dtype or config.get_text_config().dtype
-    if configured is not None:
-        dtype = str(configured).removeprefix("torch.")
-    else:
-        dtype = next((_STORED_DTYPES[t.dtype] for t in stored.values() if t.dtype in _STORED_DTYPES), "none")
-    if dtype not in DTYPES:
-        raise CheckpointError(f"the checkpoint's dtype is {dtype}: give a dtype, one of {', '.join(DTYPES)}")
-    return dtype
+@contextmanager
+def blame_checkpoint(attempt: str) -> Iterator[None]:
+    """Turn what transformers raises for a checkpoint that it cannot use into one clear CheckpointError."""
+    try:
+        yield
+    except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"transformers {transformers.__version__} cannot {attempt}: {cause}") from error

@@ -1,9 +1,9 @@
 """Transformers' weight conversions, followed on recipes instead of on tensors.
 
 transformers turns a checkpoint's tensors into a model's by a chain of operations (stack the experts' tensors,
-concatenate gate and up, transpose, ...). Here the same chain runs on what would be read: a `Stack` is the tensor of all
-experts of a layer, as one recipe per expert. Knows no architecture by name. Invariant: an operation that a recipe cannot
-express is refused, never approximated.
+concatenate gate and up, transpose, ...). Here the same chain runs on what would be read: a `Stack` is the tensor of
+all experts of a layer, as one recipe per expert. Knows no architecture by name. Invariant: an operation that a recipe
+cannot express is refused, never approximated.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ def convert(
     `target_shape` is the shape of the first target in the model.
     """
     lists = {pattern: list(collected[pattern]) for pattern in source_patterns if pattern in collected}
-    stacks: dict[str, Stack] = {}
-    for operation in operations:
+    first, *rest = operations
+    match first:
+        case ops.MergeModulelist(dim=0):
+            stacks = {pattern: stack_singles(tensors) for pattern, tensors in lists.items()}
+        case ops.ErnieFuseAndSplitTextVisionExperts(stack_dim=0, concat_dim=1):
+            stacks = _fuse_and_split(lists, target_patterns)
+        case _:
+            stacks = {pattern: slice_stacked(tensors[0]) for pattern, tensors in lists.items()}
+            is_as_in_model = all(tensors[0][1].shape == target_shape for tensors in lists.values())
+            if not (isinstance(first, ops.Transpose) and first.check_dims and is_as_in_model):
+                rest = [first, *rest]
+    for operation in rest:
         match operation:
-            case ops.MergeModulelist(dim=0):
-                stacks = {pattern: stack_singles(tensors) for pattern, tensors in lists.items()}
-            case ops.ErnieFuseAndSplitTextVisionExperts(stack_dim=0, concat_dim=1):
-                stacks = _fuse_and_split(lists, target_patterns)
             case ops.Concatenate(dim=1):
-                stacks = {target_patterns[0]: _concatenate(list((stacks or _stacked(lists)).values()))}
+                stacks = {target_patterns[0]: _concatenate(list(stacks.values()))}
             case ops.Interleave(dim=1, inverse=False):
-                stacks = {pattern: deinterleave(stack) for pattern, stack in (stacks or _stacked(lists)).items()}
-            case ops.Transpose(dim0=1, dim1=2):
-                kept = operation.check_dims and all(t[0][1].shape == target_shape for t in lists.values())
-                stacks = stacks or _stacked(lists)
-                if not kept:
-                    stacks = {pattern: transpose(stack) for pattern, stack in stacks.items()}
+                stacks = {pattern: deinterleave(stack) for pattern, stack in stacks.items()}
+            case ops.Transpose(dim0=1, dim1=2) if operation is first or not operation.check_dims:
+                stacks = {pattern: transpose(stack) for pattern, stack in stacks.items()}
             case _:
                 raise UnsupportedConversionError(f"by {operation!r}")
     if len(stacks) == len(target_patterns) == 1:
@@ -117,10 +120,6 @@ def _fuse_and_split(lists: Mapping[str, Sequence[Named]], target_patterns: Seque
             parts.append(stack_singles(tensors[number * size : (number + 1) * size]))
         fused[target] = _concatenate(parts)
     return fused
-
-
-def _stacked(lists: Mapping[str, Sequence[Named]]) -> dict[str, Stack]:
-    return {pattern: slice_stacked(tensors[0]) for pattern, tensors in lists.items()}
 
 
 def shape_of(recipe: TensorRecipe, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from expertmesh.checkpoint.architecture import build_skeleton, choose_dtype, find_experts, find_model_class
+from expertmesh.checkpoint.architecture import find_experts, read_architecture
 from expertmesh.checkpoint.conversion import (
     UnsupportedConversionError,
     convert,
@@ -43,16 +43,15 @@ _CONSTANTS = ("limit", "alpha", "softcap")
 def index_checkpoint(path: Path, dtype: str | None = None, auto_class: str | None = None) -> CheckpointIndex:
     """Index the experts of the checkpoint in a folder, for slots of `dtype` (None: the checkpoint's own).
 
-    `auto_class` must be what the backbone is loaded with: it decides which layers there are (see `find_model_class`).
+    `auto_class` must be what the backbone is loaded with: it decides which layers there are (see `read_architecture`).
     Raises CheckpointError if the architecture keeps its experts where or how they cannot be served, or if a tensor is
     missing or has a shape that the architecture does not expect.
     """
-    model_class, config = find_model_class(path, auto_class)
+    architecture = read_architecture(path, dtype=dtype, auto_class=auto_class)
+    skeleton = architecture.build_skeleton()
     stored = stored_tensors(path)
-    dtype = choose_dtype(dtype, config, stored)
-    skeleton = build_skeleton(model_class, config)
     experts = find_experts(skeleton)
-    specs = tuple(_spec(module, dtype) for module in experts.values())
+    specs = tuple(_spec(module, architecture.dtype) for module in experts.values())
     recipes: dict[ExpertId, ExpertRecipe] = {}
     try:
         stacks = _follow(skeleton, experts, stored)
@@ -101,6 +100,10 @@ def _follow(skeleton: Any, experts: Mapping[str, Any], stored: Mapping[str, Stor
         targets = converter.target_patterns
         made = convert(converter.operations, lists, converter.source_patterns, targets, wanted[target])
         stacks.update({target.replace(targets[0], pattern): stack for pattern, stack in made.items()})
+    for one, other in skeleton.all_tied_weights_keys.items():  # a checkpoint stores either
+        for absent, present in ((one, other), (other, one)):
+            if absent in wanted and present in stacks:
+                stacks.setdefault(absent, stacks[present])
     return stacks
 
 

@@ -46,7 +46,7 @@ def resolve(model: str) -> Path:
     if model == TINY:
         from expertmesh.models import tiny_path
 
-        folder = Path(tiny_path())
+        folder = tiny_path()
     elif Path(model).expanduser().is_dir():
         folder = Path(model).expanduser().resolve()
     else:
@@ -120,7 +120,7 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     if model.startswith((".", "~", os.sep)) or model.count("/") > 1:
         raise CheckpointError(_unknown(model, "there is no such folder"))

@@ -107,7 +107,7 @@ class Engine(Protocol):
         """Prompt plus generated tokens of one request, at most."""
         ...
 
-    def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], None]) -> None:
+    def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], object]) -> None:
         """Queue a request. `on_event` is called from the engine's thread; it must return at once and not raise.
 
         Raises OverloadedError when the queue is full, InvalidRequestError when prompt plus max_tokens cannot fit.
@@ -123,6 +123,11 @@ class Engine(Protocol):
         ...
 
     def statistics(self) -> EngineStatistics: ...
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread runs. Once False it stays so: make a new engine, or a new process."""
+        ...
 
     def close(self) -> None:
         """Fail what is still running, stop the thread and free the memory. Idempotent."""

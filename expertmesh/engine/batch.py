@@ -24,10 +24,8 @@ class Generation:
     key: str
     """Unique in this engine for ever."""
     request: GenerateRequest
-    on_event: Callable[[TokenEvent], None]
+    on_event: Callable[[TokenEvent], object]
     sampling: SamplingState
-    last_token_id: int | None = None
-    """What the model has to be fed next; None while the prompt has not been."""
 
     @property
     def kv_tokens(self) -> int:
@@ -37,7 +35,6 @@ class Generation:
     def accept(self, choice: Choice) -> TokenEvent:
         """Take the chosen token as the next one, and say whether it ends the request."""
         self.sampling.append(choice.token_id)
-        self.last_token_id = choice.token_id
         finish_reason = None
         if choice.token_id in self.sampling.stop_ids:
             finish_reason = FINISH_STOP
@@ -68,7 +65,7 @@ class Batch(Protocol):
     def add(self, generation: Generation) -> None: ...
 
     def remove(self, generation: Generation) -> None:
-        """Free what it holds. Called once for every generation: finished, cancelled or failed."""
+        """Free what it holds: it finished, failed or was cancelled. Removing it again does nothing."""
         ...
 
     def schedule(self) -> list[Generation]:

@@ -1,7 +1,7 @@
 """An engine's limits. Values only; no torch.
 
-Owns the limits' defaults and the relations that must hold between them. Does not know the model: whether a cache of this
-size fits the machine is found out when the engine is built.
+Owns the limits' defaults and the relations that must hold between them. Does not know the model: whether a cache of
+this size fits the machine is found out when the engine is built.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class EngineConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if value < 1:
-                raise ConfigError(f"engine.{field.name} is {value}; it must be at least 1")
+                raise ConfigError(f"{field.name} is {value}; it must be at least 1")
         if self.page_size < 4:
-            raise ConfigError(f"engine.page_size is {self.page_size}; it must be at least 4")
+            raise ConfigError(f"page_size is {self.page_size}; it must be at least 4")
         if self.kv_tokens < self.max_context:
             raise ConfigError(
-                f"engine.kv_tokens is {self.kv_tokens}, less than engine.max_context ({self.max_context}); raise it so "
+                f"kv_tokens is {self.kv_tokens}, less than max_context ({self.max_context}); raise it so "
                 "that one request of full length fits"
             )
         if self.max_batch_tokens < self.max_requests:
             raise ConfigError(
-                f"engine.max_batch_tokens is {self.max_batch_tokens}, less than engine.max_requests "
+                f"max_batch_tokens is {self.max_batch_tokens}, less than max_requests "
                 f"({self.max_requests}); raise it so that every running request can decode in one forward"
             )

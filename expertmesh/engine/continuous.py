@@ -1,13 +1,14 @@
-"""Continuous batching: requests join and leave at every step. transformers' paged cache and scheduler, our choice of token.
+"""Continuous batching: requests join and leave at every step. transformers' paged cache and scheduler, our tokens.
 
-Owns the use of transformers' `ContinuousBatchProcessor`: its own loop is not used, because an error in a forward ends that
-loop, and because it owns a thread. Does not know when a request ends. Invariant: the processor's token of a step is the
-token that our sampler chose for that row, so its cache and our events cannot disagree, however it splits prompts, shares
-prefixes or starts a request over for want of memory.
+Owns the use of transformers' `ContinuousBatchProcessor`. The library's loop around it is not used: it brings a thread,
+and an error in one forward ends it. Does not know when a request ends. Invariant: the processor's token of a step is
+the one that our sampler chose for that row, so its cache and our events cannot disagree, however it splits prompts,
+shares prefixes or starts a request over for want of memory.
 """
 
 from __future__ import annotations
 
+import sys
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from expertmesh.engine.sampling import choose_tokens
 from expertmesh.errors import ConfigError
@@ -48,13 +50,13 @@ class ContinuousBatch:
             self._processor = self._make_processor(config)
         except (MemoryError, ValueError) as error:
             self._restore_attention()
-            raise ConfigError(f"the paged cache cannot be built (engine.kv_tokens={config.kv_tokens}): {error}") from error
+            raise ConfigError(f"the paged cache cannot be built (kv_tokens={config.kv_tokens}): {error}") from error
         longest = infer_max_single_request_tokens(self._processor.cache)
         if longest < config.max_context:
             self._restore_attention()
             raise ConfigError(
-                f"engine.kv_tokens is {config.kv_tokens}, enough for one request of {longest} tokens; raise it so that "
-                f"one of engine.max_context ({config.max_context}) fits"
+                f"kv_tokens is {config.kv_tokens}, enough for one request of {longest} tokens; raise it so that "
+                f"one of max_context ({config.max_context}) fits"
             )
 
     def _make_processor(self, config: EngineConfig) -> Any:
@@ -82,7 +84,7 @@ class ContinuousBatch:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._processor.scheduler.waiting_requests)
+        return 0 if self._processor is None else len(self._processor.scheduler.waiting_requests)
 
     def has_room(self, generation: Generation) -> bool:
         return len(self._generations) < self._max_requests
@@ -172,14 +174,19 @@ def why_not_continuous(model: Any) -> str | None:
 
 
 def _why_not_paged(model: Any, config: Any) -> str | None:
-    """The paged cache keeps keys and values of one shape, the same in every layer; latent attention, for one, does not."""
-    projections = [
-        (module.k_proj.out_features, module.v_proj.out_features)
-        for module in model.modules()
-        if isinstance(getattr(module, "k_proj", None), torch.nn.Linear)
-        and isinstance(getattr(module, "v_proj", None), torch.nn.Linear)
-    ]
-    if len(projections) != config.num_hidden_layers:
-        return "its attention does not project plain keys and values"
-    ...
+    """The paged cache keeps keys and values of one shape in every layer, which latent attention, for one, does not."""
+    attentions = [module for module in model.modules() if hasattr(module, "k_proj") and hasattr(module, "v_proj")]
+    if len(attentions) != config.num_hidden_layers:
+        return "its attention layers do not all project plain keys and values"
+    try:
+        width = find_num_key_value_heads(config) * find_head_dim(config)
+    except (AttributeError, RuntimeError, ValueError):
+        return "its configuration names no single size of head"
+    if any(module.k_proj.out_features != width or module.v_proj.out_features != width for module in attentions):
+        return "its keys and values are not of one size"
+    # Without layer types, the cache takes a configured window for a used one.
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:
+        sources = {sys.modules[type(module).__module__] for module in attentions}
+        if not all(hasattr(source, "create_sliding_window_causal_mask") for source in sources):
+            return "its configuration names a sliding window that it does not use"
     return None

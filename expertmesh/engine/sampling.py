@@ -1,7 +1,8 @@
 """How one request picks its next token from the model's logits.
 
-Owns the order of the steps and what each parameter means: vLLM's. Does not know batches beyond stacking rows, nor when a
-request ends. Invariant: a choice is a pure function of (logits row, parameters, tokens so far); ties go to the lowest id.
+Owns the order of the steps and what each parameter means: vLLM's. Does not know batches beyond stacking rows, nor when
+a request ends. Invariant: a choice is a pure function of (logits row, parameters, tokens so far); ties go to the lowest
+id.
 
 Order: log-probabilities of the raw distribution; logit bias; stop tokens masked before `min_tokens`; repetition, then
 frequency and presence penalties; temperature; min_p, top_k, top_p; Gumbel-max (see noise.py).
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would only overflow (vLLM's limit)."""
 _NUCLEUS_GUESS = 1024
-"""How many of the most likely tokens top_p sorts first. Nearly every nucleus is smaller; sorting a vocabulary is slow."""
+"""How many of the most likely tokens top_p sorts first: most nuclei are smaller, and sorting a vocabulary is slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

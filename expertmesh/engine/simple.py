@@ -1,8 +1,8 @@
 """The simple engine's batch: prompts of equal length run together, with the model's own cache.
 
-For models that the paged cache cannot hold: recurrent states, latent attention, layers of unlike shape. Owns the groups.
-Does not know what the cache holds. Invariant: the rows of a group have the same number of tokens at every step, so
-nothing is ever padded, which is exact for every architecture.
+For models that the paged cache cannot hold: recurrent states, latent attention, layers of unlike shape. Owns the
+groups. Does not know what the cache holds. Invariant: the rows of a group have the same number of tokens at every step,
+so nothing is ever padded, which is exact for every architecture.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from expertmesh.engine.batch import Generation
     from expertmesh.engine.config import EngineConfig
     from expertmesh.engine.sampling import Choice
+
+_CACHE_MODULE = DynamicCache.__module__
 
 
 class SimpleBatch:
@@ -48,16 +50,15 @@ class SimpleBatch:
         self._added.discard(generation)
         if generation in self._waiting:
             self._waiting.remove(generation)
+        self._groups = deque(group for group in self._groups if any(row in self._added for row in group.generations))
 
     def schedule(self) -> list[Generation]:
         self._form_groups()
-        while self._groups:
-            group = self._groups.popleft()
-            group.keep(self._added)
-            if scheduled := group.generations:
-                self._groups.append(group)
-                return scheduled
-        return []
+        if not self._groups:
+            return []
+        self._groups.rotate(-1)
+        self._groups[-1].keep(self._added)
+        return self._groups[-1].generations
 
     def run(self) -> list[tuple[Generation, Choice | None]]:
         return self._groups[-1].step(self._model)
@@ -84,6 +85,8 @@ class _Group:
     def __init__(self, generations: list[Generation]) -> None:
         self._rows: list[Generation | None] = list(generations)
         """None marks a row that left but whose cache could not be dropped: it is computed and ignored."""
+        self._next_ids = [list(generation.request.prompt_ids) for generation in generations]
+        """What the model is fed next, per row: the prompt, then the last token."""
         self._cache: Any = None
         self._num_cached = 0
 
@@ -96,19 +99,42 @@ class _Group:
         kept = [index for index, row in enumerate(self._rows) if row in live]
         if len(kept) == len(self._rows):
             return
-        if self._cache is None:
+        if self._cache is None or _can_select_rows(self._cache):
             self._rows = [self._rows[index] for index in kept]
-        elif kept and _can_select_rows(self._cache):
-            self._rows = [self._rows[index] for index in kept]
-            self._cache.reorder_cache(torch.tensor(kept))
+            self._next_ids = [self._next_ids[index] for index in kept]
+            if self._cache is not None:
+                self._cache.reorder_cache(torch.tensor(kept))
         else:
             self._rows = [row if row in live else None for row in self._rows]
 
     def step(self, model: Any) -> list[tuple[Generation, Choice | None]]:
-        if self._cache is None:
-            tokens = [list(generation.request.prompt_ids) for generation in self.generations]
-        else:
-            tokens = [[0 if row is None else row.last_token_id] for row in self._rows]
-        input_ids_RL = torch.tensor(tokens, device=model.device)
-        num_tokens = self._num_cached + input_ids_RL.shape[1]
-        ...
+        logits_RV = self._forward(model, torch.tensor(self._next_ids, device=model.device))
+        live = [index for index, row in enumerate(self._rows) if row is not None]
+        generations = self.generations
+        choices = choose_tokens(logits_RV[live], [generation.sampling for generation in generations])
+        self._next_ids = [[0] for _ in self._rows]
+        for index, choice in zip(live, choices, strict=True):
+            if choice is not None:
+                self._next_ids[index] = [choice.token_id]
+        return list(zip(generations, choices, strict=True))
+
+    def _forward(self, model: Any, input_ids_RL: torch.Tensor) -> torch.Tensor:
+        """Logits of the last position of each row, as float32."""
+        num_rows, num_new = input_ids_RL.shape
+        options: dict[str, Any] = {}
+        if model._supports_logits_to_keep():
+            options["logits_to_keep"] = 1
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            positions_L = torch.arange(self._num_cached, self._num_cached + num_new, device=input_ids_RL.device)
+            options["position_ids"] = positions_L.expand(num_rows, -1)
+        output = model(input_ids=input_ids_RL, past_key_values=self._cache, use_cache=True, **options)
+        self._cache = output.past_key_values
+        self._num_cached += num_new
+        logits_RV: torch.Tensor = output.logits[:, -1].float()
+        return logits_RV
+
+
+def _can_select_rows(cache: Any) -> bool:
+    """Whether `reorder_cache` reaches everything that the cache keeps: true of the library's own layers, not of every
+    cache that a model brings."""
+    return type(cache) is DynamicCache and all(type(layer).__module__ == _CACHE_MODULE for layer in cache.layers)

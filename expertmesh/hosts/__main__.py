@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ByteSize, TypeAdapter
@@ -18,9 +19,12 @@ from expertmesh.hosts.host import Host, MakeKernel
 from expertmesh.hosts.process import TOKEN_VARIABLE, HostServer, available_memory
 from expertmesh.kernels import make_kernel
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def main(make: MakeKernel = make_kernel) -> None:
-    """Parse the command line, serve until standard input ends."""
+
+def main(make: MakeKernel = make_kernel, prepare: Callable[[Host], None] | None = None) -> None:
+    """Parse the command line, serve until standard input ends. `prepare` fills the host before it is reached."""
     parser = argparse.ArgumentParser(prog="python -m expertmesh.hosts", description=__doc__)
     parser.add_argument("--bind", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=0, help="0 takes any free port")
@@ -35,6 +39,8 @@ def main(make: MakeKernel = make_kernel) -> None:
     torch.set_num_threads(arguments.threads)
     memory = TypeAdapter(ByteSize).validate_python(arguments.memory) if arguments.memory else None
     host = Host(memory or available_memory(arguments.device), arguments.device, make)
+    if prepare is not None:
+        prepare(host)
     try:
         server = HostServer(host, token, bind=arguments.bind, port=arguments.port)
     except ExpertMeshError as error:

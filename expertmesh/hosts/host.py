@@ -6,6 +6,7 @@ back does not depend on that. Not thread-safe: one thread, or one event loop, us
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -99,40 +100,42 @@ class Host:
     def prepare(self, request: LayerRequest) -> Work:
         """Find the slots that a request needs. Raises NotHeldError."""
         assert self.configuration is not None
-        experts = [ExpertId(request.layer, int(index)) for index in request.experts]
+        experts = [ExpertId(request.layer, index) for index in request.experts]
         slots = self._pool(request.layer).slots_of(experts)
         return Work(request, self.configuration.layer_specs[request.layer], slots)
 
     def compute(self, works: Sequence[Work]) -> list[LayerReply]:
         """Answer all of `works`, in order, with one launch per pool that they need."""
+        pools = {work.pool for work in works}
+        if len(pools) == 1:
+            return self._launch(self._pools[pools.pop()], works)
         replies: dict[int, LayerReply] = {}
-        for pool in {work.pool for work in works}:
+        for pool in pools:
             chosen = [i for i, work in enumerate(works) if work.pool == pool]
             replies |= zip(chosen, self._launch(self._pools[pool], [works[i] for i in chosen]), strict=True)
         return [replies[i] for i in range(len(works))]
 
     def _launch(self, pool: SlotPool, works: Sequence[Work]) -> list[LayerReply]:
-        spec = pool.kernel.spec
-        rows = np.concatenate([work.request.rows for work in works])
-        first_row = np.cumsum([0] + [len(work.request.rows) for work in works[:-1]])
-        row = np.concatenate([w.request.pair_rows + first for w, first in zip(works, first_row, strict=True)])
-        slot = np.concatenate([np.repeat(work.slots, work.request.counts) for work in works])
-        order = np.argsort(slot, kind="stable")
+        x_TB, row_P, slot_P = _joined(works)
+        by_slot = None if (slot_P[1:] >= slot_P[:-1]).all() else np.argsort(slot_P, kind="stable")
+        if by_slot is not None:
+            row_P, slot_P = row_P[by_slot], slot_P[by_slot]
 
         started = time.perf_counter()
-        x_TH = torch.from_numpy(rows).view(getattr(torch, spec.dtype))
-        y_PH = pool.kernel.run(x_TH, torch.from_numpy(row[order]).long(), torch.from_numpy(slot[order]))
+        x_TH = torch.from_numpy(x_TB).view(pool.dtype)
+        y_PH = pool.kernel.run(x_TH, torch.from_numpy(row_P), torch.from_numpy(slot_P))
         took_s = time.perf_counter() - started
 
-        y_PB = np.empty((len(row), rows.shape[1]), np.uint8)
-        y_PB[order] = y_PH.view(torch.uint8).numpy()
+        y_PB = y_PH.view(torch.uint8).numpy()
+        if by_slot is not None:
+            y_PB = y_PB[np.argsort(by_slot, kind="stable")]
         for work in works:
             pool.count(work.slots, work.request.counts)
         self._launches += 1
-        self._rows += len(row)
+        self._rows += len(row_P)
         self._busy_s += took_s
-        ends = np.cumsum([len(work.request.pair_rows) for work in works])
-        return [LayerReply(part, took_s) for part in np.split(y_PB, ends[:-1])]
+        ends = itertools.accumulate(len(work.request.pair_rows) for work in works)
+        return [LayerReply(y_PB[start:end], took_s) for start, end in itertools.pairwise([0, *ends])]
 
     def statistics(self) -> HostStatistics:
         return HostStatistics(
@@ -143,3 +146,14 @@ class Host:
             rows=self._rows,
             busy_s=self._busy_s,
         )
+
+
+def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of all works one after the other, and for each pair its row there and its slot."""
+    x_TB = np.concatenate([work.request.rows for work in works])
+    starts = itertools.accumulate((len(work.request.rows) for work in works[:-1]), initial=0)
+    row_P = np.concatenate(
+        [np.add(work.request.pair_rows, start, dtype=np.int64) for work, start in zip(works, starts, strict=True)]
+    )
+    slot_P = np.concatenate([work.slots.repeat(work.request.counts) for work in works])
+    return x_TB, row_P, slot_P

@@ -21,7 +21,7 @@ from expertmesh.errors import CheckpointError, ConfigError, NotHeldError, OutOfS
 from expertmesh.hosts.batcher import Batcher
 from expertmesh.ids import ExpertId
 from expertmesh.transport import codec
-from expertmesh.transport.grpc_transport import MAX_MESSAGE_BYTES
+from expertmesh.transport.grpc_transport import SERVER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,18 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MAX_STREAMS = 1024
-"""Open calls per connection; more wait."""
-
-_SERVER_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_concurrent_streams", MAX_STREAMS),
-    ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-)
 
 
 class HostService(HostServicer):
@@ -181,7 +169,7 @@ class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-igno
 
 async def start_server(host: Host, token: str, bind: str = "127.0.0.1", port: int = 0) -> tuple[grpc.aio.Server, int]:
     """Serve `host` at once: the server and its port. Raises ConfigError when the port is taken."""
-    server = grpc.aio.server(interceptors=(_TokenCheck(token),), options=_SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=(_TokenCheck(token),), options=SERVER_OPTIONS)
     add_HostServicer_to_server(HostService(host), server)
     try:
         bound = server.add_insecure_port(f"{bind}:{port}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from expertmesh.errors import NotHeldError, OutOfSlotsError
 
@@ -23,6 +24,7 @@ class SlotPool:
 
     def __init__(self, kernel: ExpertKernel) -> None:
         self.kernel = kernel
+        self.dtype: torch.dtype = getattr(torch, kernel.spec.dtype)
         self._slot: dict[ExpertId, int] = {}
         self._free = list(range(kernel.num_slots))[::-1]
         self._rows = np.zeros(kernel.num_slots, dtype=np.int64)
@@ -52,7 +54,7 @@ class SlotPool:
         except KeyError as error:
             raise NotHeldError(error.args[0]) from None
 
-    def count(self, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+    def count(self, slots: NDArray[np.int64], rows: list[int]) -> None:
         """Note that `rows[i]` pairs were computed by `slots[i]` (each named once)."""
         self._rows[slots] += rows
 

@@ -50,3 +50,18 @@ def make_kernel(spec: ExpertSpec, num_slots: int, device: str = "cpu") -> Expert
     from expertmesh.kernels.triton_kernel import TritonKernel
 
     return TritonKernel(spec, num_slots, device)
+
+
+def slot_bytes(spec: ExpertSpec, device: str = "cpu") -> int:
+    """Bytes of memory that one written slot takes on `device`: what a host divides its memory by.
+
+    On a CPU that is not `spec.num_bytes`: weights may be held in float32 and padded, as the arithmetic chosen for this
+    machine wants them. The first call for a spec makes that choice, in milliseconds to seconds.
+    """
+    if device != "cpu":
+        return spec.num_bytes
+    import torch
+
+    from expertmesh.kernels.cpu import choose_arithmetic
+
+    return choose_arithmetic(spec, torch.get_num_threads())[1]

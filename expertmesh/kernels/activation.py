@@ -127,8 +127,9 @@ def match_activation(
 ) -> Activation:
     """Find the activation that computes what a model's own function computes, by trying them on the same inputs.
 
-    `apply_gate` maps float32 h_RN in slot layout to a_RI. `candidates` are guesses from the model's config, tried
-    first (names that we do not have are passed over); then every plain name and the families' usual constants.
+    `apply_gate` maps float32 h_RN in slot layout to a_RI. Tried are the plain names, the simplest first; then
+    `candidates`, guesses from the model's config (names that we do not have are passed over); then the families' usual
+    constants.
 
     Raises:
         CheckpointError: nothing matches to float32 rounding, so the model would be computed wrong.
@@ -153,8 +154,8 @@ def match_activation(
 
 def _known(gated: bool, candidates: Iterable[Activation]) -> Iterator[Activation]:
     names = ACTIVATIONS if gated else frozenset(POINTWISE)
-    yield from (candidate for candidate in candidates if candidate.name in names)
     yield from (Activation(name=name) for name in POINTWISE)
+    yield from (candidate for candidate in candidates if candidate.name in names)
     if gated:
         yield from _COMMON
 
@@ -162,7 +163,7 @@ def _known(gated: bool, candidates: Iterable[Activation]) -> Iterator[Activation
 def _probe() -> tuple[Tensor, Tensor]:
     """Gate and up at every pairing of scales: near zero, where the curves bend, and far past any clamp."""
     generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([0.1, 1.0, 3.0, 10.0, 30.0, 1000.0])
+    scales = torch.tensor([0.1, 1.0, 3.0, 10.0, 30.0, 1e3, 1e6])
     gate_scale_R, up_scale_R = torch.cartesian_prod(scales, scales).unbind(dim=-1)
     shape = (len(gate_scale_R), 256)
     gate_RI = (torch.rand(shape, generator=generator) * 2 - 1) * gate_scale_R[:, None]

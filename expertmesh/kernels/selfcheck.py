@@ -1,7 +1,7 @@
 """What a machine must prove before it may compute experts: that a pair's result stands alone, and which bits it gives.
 
 The libraries beneath us promise neither. So a kernel is tried on a probe expert of the real shape: `is_row_invariant`
-compares every row computed among others with the same row computed among fewer, and `fingerprint` condenses the bits.
+compares rows computed among many with the same rows computed among few, and `fingerprint` condenses the bits.
 Two hosts whose kernels have one fingerprint give one answer; hosts that differ still agree to rounding.
 
 Probes are the same bits on every machine: integers from torch's generator, scaled by powers of two.
@@ -51,8 +51,8 @@ def is_row_invariant(ffn: Callable[[Tensor], Tensor], x_RH: Tensor) -> bool:
     whole_RH = ffn(x_RH)
     num_rows = len(x_RH)
     for count in (count for count in ROW_COUNTS if count <= num_rows):
-        start = (num_rows - count) * count % 7 * (num_rows - count) // 6
-        if not torch.equal(ffn(x_RH[start : start + count]), whole_RH[start : start + count]):
+        # The last rows, so that a row that was among the last is now the first, at another alignment.
+        if not torch.equal(ffn(x_RH[num_rows - count :]), whole_RH[num_rows - count :]):
             return False
     return True
 

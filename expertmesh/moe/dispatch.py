@@ -8,6 +8,7 @@ Shapes: T tokens, K experts per token, P pairs, E experts of the layer.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,9 @@ class HostPart:
     """[t] the tokens whose rows travel, ascending, each once."""
     pair_rows: NDArray[np.int32]
     """[p] for each pair, its row among `tokens`."""
-    experts: NDArray[np.int64]
+    experts: list[int]
     """[e] the experts wanted, each once."""
-    counts: NDArray[np.int64]
+    counts: list[int]
     """[e] how many of the pairs each takes."""
 
 
@@ -59,26 +60,28 @@ def make_dispatch_plan(
         host = table.host_EM[expert, _choose_replica(expert, replicas, num_experts)]
 
     # One stable sort brings the pairs of a host, and in it those of an expert, together and keeps tokens ascending.
+    # From here on, plain loops over the few runs beat one more array operation at a time.
     key = host * num_experts + expert
     order = np.argsort(key, kind="stable")
     key = key[order]
-    runs = np.flatnonzero(np.diff(key, prepend=-1))
-    run_host = key[runs] // num_experts
-    first_run = np.flatnonzero(np.diff(run_host, prepend=-1))
-    run_ends = np.append(runs[1:], len(key))
+    run_starts = [0, *(np.flatnonzero(key[1:] != key[:-1]) + 1).tolist()]
+    runs_of: dict[int, list[tuple[int, int, int]]] = {}
+    for start, stop in itertools.pairwise([*run_starts, len(key)]):
+        run_host, run_expert = divmod(int(key[start]), num_experts)
+        runs_of.setdefault(run_host, []).append((run_expert, start, stop))
 
     parts = []
-    for start, stop in zip(first_run, np.append(first_run[1:], len(runs)), strict=True):
-        chosen = pairs[order[runs[start] : run_ends[stop - 1]]]
+    for run_host, runs in runs_of.items():
+        chosen = pairs[order[runs[0][1] : runs[-1][2]]]
         tokens, pair_rows = _rows_once(chosen // num_choices, len(expert_P) // num_choices)
         parts.append(
             HostPart(
-                host=placement.hosts[run_host[start]],
+                host=placement.hosts[run_host],
                 pairs=chosen,
                 tokens=tokens,
                 pair_rows=pair_rows,
-                experts=key[runs[start:stop]] % num_experts,
-                counts=run_ends[start:stop] - runs[start:stop],
+                experts=[run_expert for run_expert, _, _ in runs],
+                counts=[stop - start for _, start, stop in runs],
             )
         )
     return parts

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import uvloop
 
 from expertmesh.errors import (
     DeadlineExceededError,
@@ -22,11 +23,8 @@ from expertmesh.errors import (
 )
 from expertmesh.moe.dispatch import HostPart, make_dispatch_plan
 from expertmesh.transport import LayerRequest, Transport
-from expertmesh.transport.loop import LoopThread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from expertmesh.ids import HostId
@@ -58,22 +56,18 @@ class _Rows:
 
 
 class Exchange:
-    """Sends token rows to the hosts that hold their experts. One caller at a time; `update` from any thread."""
+    """Sends token rows to the hosts that hold their experts. One caller at a time; `update` from any thread.
 
-    def __init__(
-        self,
-        make_transport: Callable[[], Transport],
-        placement: Placement,
-        limits: ExchangeLimits | None = None,
-    ) -> None:
+    The caller's own thread drives the event loop while it waits: handing over to another thread and back would cost
+    more than the rest of our part of an exchange.
+    """
+
+    def __init__(self, transport: Transport, placement: Placement, limits: ExchangeLimits | None = None) -> None:
         self._limits = limits or ExchangeLimits()
+        self._transport = transport
         self._placement = placement
-        self._thread = LoopThread("expertmesh-exchange")
-        self._transport, self._updated = self._thread.run(self._start(make_transport))
-
-    @staticmethod
-    async def _start(make_transport: Callable[[], Transport]) -> tuple[Transport, asyncio.Event]:
-        return make_transport(), asyncio.Event()
+        self._loop = uvloop.new_event_loop()
+        self._updated = asyncio.Event()
 
     @property
     def placement(self) -> Placement:
@@ -81,14 +75,14 @@ class Exchange:
 
     def update(self, placement: Placement) -> None:
         """Use `placement` from the next dispatch plan on, unless a newer one is known already."""
-        self._thread.run(self._update(placement))
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._update, placement)
 
-    async def _update(self, placement: Placement) -> None:
-        if placement.epoch <= self._placement.epoch:
-            return
-        self._placement = placement
-        self._updated.set()
-        self._updated = asyncio.Event()
+    def _update(self, placement: Placement) -> None:
+        if placement.epoch > self._placement.epoch:
+            self._placement = placement
+            self._updated.set()
+            self._updated = asyncio.Event()
 
     def run(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         """Compute every chosen expert on its token's row.
@@ -103,11 +97,11 @@ class Exchange:
             layer=layer,
             dtype=str(x.dtype).removeprefix("torch."),
             num_choices=num_choices,
-            expert_P=index_TK.reshape(-1).numpy().astype(np.int64, copy=False),
+            expert_P=index_TK.reshape(-1).numpy(),
             x_TB=x_TB,
             y_PB=np.empty((num_tokens * num_choices, x_TB.shape[1]), np.uint8),
         )
-        self._thread.run(self._run(rows))
+        self._loop.run_until_complete(self._run(rows))
         return torch.from_numpy(rows.y_PB).view(x.dtype).view(num_tokens, num_choices, -1)
 
     async def _run(self, rows: _Rows) -> None:
@@ -166,6 +160,7 @@ class Exchange:
             rows.y_PB[part.pairs] = reply.rows
 
     def close(self) -> None:
-        """Break the connections and end the thread. Idempotent."""
-        self._thread.run(self._transport.close())
-        self._thread.close()
+        """Break the connections. Idempotent; not while `run` runs."""
+        if not self._loop.is_closed():
+            self._loop.run_until_complete(self._transport.close())
+            self._loop.close()

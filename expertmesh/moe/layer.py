@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
     from expertmesh.moe.exchange import Exchange
@@ -31,17 +29,11 @@ def combine(rows_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
 class MoeLayer:
     """The experts of one layer, elsewhere: what a model's experts module calls in their place."""
 
-    def __init__(
-        self, exchange: Exchange, layer: int, finish: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> None:
-        """`finish` is applied to each expert's row before it is weighted (few models normalise there)."""
+    def __init__(self, exchange: Exchange, layer: int) -> None:
         self._exchange = exchange
         self._layer = layer
-        self._finish = finish
 
     def __call__(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The layer's routed output y_TH, on x's device and in its dtype. Errors are the exchange's."""
         rows = self._exchange.run(self._layer, x_TH.cpu(), index_TK.cpu()).to(x_TH.device)
-        if self._finish is not None:
-            rows = self._finish(rows)
         return combine(rows, weights_TK)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER = "controller"
+CONTROLLER = "expertmesh-controller"
 """Name of the actor that the router deployment owns."""
 
 _POLL_S = 20.0

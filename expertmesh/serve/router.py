@@ -32,13 +32,14 @@ class Router:
     def __init__(self, config: MeshConfig, placement: Placement, token: str) -> None:
         path = resolve(config.model)
         section = config.router
-        backbone = load_backbone(path, dtype=config.dtype, device=section.device)
+        backbone = load_backbone(path, dtype=config.dtype)
+        backbone.model.to(section.device)
         self._exchange = Exchange(
-            lambda: GrpcTransport(token),
+            GrpcTransport(token),
             placement,
             ExchangeLimits(timeout_s=config.exchange.timeout_s, attempt_timeout_s=config.exchange.attempt_timeout_s),
         )
-        backbone.connect([MoeLayer(self._exchange, layer, finish) for layer, finish in enumerate(backbone.finishers)])
+        backbone.connect([MoeLayer(self._exchange, layer) for layer in range(len(backbone.moe_modules))])
         self._engine = make_engine(
             backbone.model,
             EngineConfig(

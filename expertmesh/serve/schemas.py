@@ -63,7 +63,7 @@ def _parse_content(value: Any) -> Any:
     """Text parts as one string: chat templates of text models expect one."""
     if not isinstance(value, list):
         return value
-    texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
+    texts: list[Any] = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
     if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
         raise InvalidRequestError("message content may only have parts of type text", param="messages")
     return "\n".join(texts)
@@ -210,6 +210,8 @@ class ChatBody(GenerateBody):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     """Beyond those that the template writes."""
+    return_token_strs: bool = False
+    """For /tokenize only."""
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
 

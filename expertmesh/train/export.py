@@ -1,14 +1,13 @@
 """Writes the model folder: the checkpoint, the held-out samples, and the account of how it came to be.
 
-Owns the folder's files. Does not train and computes no figure. Invariant: the folder is a plain transformers checkpoint;
-our own files stand beside it and nothing that loads the model needs them.
+Owns the folder's files. Does not train and computes no figure. Invariant: the folder is a plain transformers
+checkpoint; our own files stand beside it and nothing that loads the model needs them.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +17,11 @@ from expertmesh.train.model import END_OF_TEXT_ID
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-    from expertmesh.train.sources import Corpus, Document
+    from expertmesh.train.sources import Document
 
 SAMPLE_BYTES = 20_000
 PIECE_CHARS = 4_000
@@ -113,5 +113,5 @@ def readme(account: Mapping[str, Any]) -> str:
         "",
     ]
     for domain, text in account["samples"].items():
-        lines += [f"{domain}:", "", *(f"    {line}" for line in text.splitlines()), ""]
+        lines += [f"{domain}:", "", *(f"    {line}" for line in text.rstrip().splitlines()), ""]
     return "\n".join(lines)

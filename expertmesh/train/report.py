@@ -53,7 +53,7 @@ def evaluate(model: Qwen3MoeForCausalLM, ids_N: Tensor, *, window: int) -> Evalu
         raise ValueError(f"{len(ids_N)} tokens are less than one window of {window}")
     model.eval()
     losses, loads = [], []
-    for part_BT in ids_BT.split(8):
+    for part_BT in torch.split(ids_BT, 8):
         outputs = model(input_ids=part_BT, output_router_logits=True, use_cache=False)
         losses.append(next_token_loss(outputs.logits, part_BT) * len(part_BT))
         loads.append(torch.stack([_load(logits_NE, model.config) for logits_NE in outputs.router_logits]))

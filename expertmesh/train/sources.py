@@ -32,7 +32,8 @@ MACHINE_OWN = ("_sysconfigdata", "config-")
 VERSE = re.compile(r"^(?P<chapter>[1-3]?[A-Za-z]+\d+):\d+ (?P<text>.+)$")
 ENTRY = re.compile(r"^(?=\S)", re.MULTILINE)
 SENSE = re.compile(r"^    (?=(?:[a-z]+ )?\d+: )", re.MULTILINE)
-GLOSS = re.compile(r"^(?:[a-z]+ )?\d+: ")
+NUMBER = re.compile(r"^(?:[a-z]+ )?\d+: ")
+ABOUT = "00-database"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,28 +92,34 @@ def scripture(cache: Path) -> Corpus:
 
 
 def dictionary(cache: Path) -> Corpus:
-    """WordNet as a dictionary; a document is a page of entries.
-
-    Synonyms repeat each other's senses word for word. A sense is kept where it is first met, else the held-out pages
-    would mostly be in the training pages too.
-    """
+    """WordNet as a dictionary; a document is a page of entries."""
     path = debian_package("dict-wn", cache) / "usr/share/dictd/wn.dict.dz"
-    seen: set[str] = set()
-    entries: list[str] = []
-    # The text before the first sense is the database's own licence and header.
-    for block in ENTRY.split(gzip.decompress(path.read_bytes()).decode()):
-        headword, *senses = SENSE.split(block)
-        lines = [" ".join(sense.split()) for sense in senses]
-        fresh = [line for line in lines if GLOSS.sub("", line).split(" [syn:")[0] not in seen]
-        seen.update(GLOSS.sub("", line).split(" [syn:")[0] for line in lines)
-        if fresh and not headword.startswith("00-database"):
-            entries.append(headword.strip() + "\n" + "".join(f"    {line}\n" for line in fresh))
+    entries = dictionary_entries(gzip.decompress(path.read_bytes()).decode())
     return Corpus(
         domain="dictionary",
         documents=tuple(pages(entries)),
         source=f"WordNet 3.0 from Debian dict-wn {package_version('dict-wn', cache)}",
         licence="WordNet License",
     )
+
+
+def dictionary_entries(dump: str) -> list[str]:
+    """Turn a dict(5) dump of WordNet into entries: the headword, then each sense on one indented line.
+
+    Synonyms repeat each other's senses word for word. A sense is kept where it is first met, else the held-out pages
+    would mostly be in the training pages too. An entry without a sense of its own is dropped.
+    """
+    seen: set[str] = set()
+    entries: list[str] = []
+    for block in ENTRY.split(dump):
+        headword, *senses = SENSE.split(block)
+        lines = [" ".join(sense.split()) for sense in senses]
+        glosses = [NUMBER.sub("", line).split(" [syn:")[0] for line in lines]
+        fresh = [line for line, gloss in zip(lines, glosses, strict=True) if gloss not in seen]
+        seen.update(glosses)
+        if fresh and not headword.startswith(ABOUT):
+            entries.append(headword.strip() + "\n" + "".join(f"    {line}\n" for line in fresh))
+    return entries
 
 
 def pages(entries: list[str]) -> list[Document]:

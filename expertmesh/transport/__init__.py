@@ -21,8 +21,8 @@ class LayerRequest:
     rows: NDArray[np.uint8]
     """[t, hidden * itemsize] the rows' bytes, each row once."""
     pair_rows: NDArray[np.int32]
-    experts: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    experts: list[int]
+    counts: list[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ def encode_request(request_id: int, request: LayerRequest) -> pb.ExchangeRequest
         dtype=_TO_DTYPE[request.dtype],
         num_rows=len(request.rows),
         rows=request.rows.tobytes(),
-        experts=request.experts.tolist(),
-        counts=request.counts.tolist(),
+        experts=request.experts,
+        counts=request.counts,
         pair_rows=request.pair_rows.tobytes(),
     )
 
@@ -51,14 +51,13 @@ def decode_request(message: pb.ExchangeRequest, configuration: HostConfiguration
             f"rows has {len(message.rows)} bytes: {message.num_rows} rows of {spec.hidden} x {dtype} "
             f"take {message.num_rows * row_bytes}, and there must be one at least"
         )
-    experts = np.array(message.experts, dtype=np.int64)
-    counts = np.array(message.counts, dtype=np.int64)
-    if len(experts) == 0 or len(experts) != len(counts) or not counts.all():
+    experts, counts = list(message.experts), list(message.counts)
+    if not experts or len(experts) != len(counts) or not all(counts):
         raise ProtocolError(f"{len(experts)} experts with {len(counts)} counts: there must be one above 0 for each")
     num_experts = configuration.layer_experts[message.layer]
-    if experts.max() >= num_experts or len(np.unique(experts)) != len(experts):
+    if max(experts) >= num_experts or len(set(experts)) != len(experts):
         raise ProtocolError(f"experts: each must be below {num_experts} and named once")
-    num_pairs = int(counts.sum())
+    num_pairs = sum(counts)
     if num_pairs > message.num_rows * len(experts):
         raise ProtocolError(f"{num_pairs} pairs: {message.num_rows} rows and {len(experts)} experts make fewer")
     if len(message.pair_rows) != 4 * num_pairs:

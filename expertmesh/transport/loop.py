@@ -6,6 +6,8 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import uvloop
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -16,7 +18,7 @@ class LoopThread:
     """Owns one thread that runs one event loop, from construction to `close`."""
 
     def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 

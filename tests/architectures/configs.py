@@ -86,15 +86,27 @@ SMALL: dict[str, Any] = {
 }
 
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+_INKLING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "unpadded_vocab_size": 120,
+}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _HYBRID,
-    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"], "head_dim": 16, "o_groups": 2, "o_lora_rank": 8},
+    "diffusion_gemma": {"canvas_length": 8},
     "diffusion_gemma_text": {"top_k_experts": 2},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16]},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [24, 16],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    },
     "flint": {"mlp_only_layers": [0]},
     "gemma4_text": {
         "enable_moe_block": True,
@@ -102,30 +114,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 128,
         "hidden_size_per_layer_input": 8,
     },
-    "glm4v_moe_text": {"head_dim": 32},
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+            "mrope_section": [2, 1, 1],
+        },
+    },
     "glm5_next_text": {"qk_rope_head_dim": 0, **_HYBRID},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, **_HYBRID},
-    "inkling_text": {
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
-        "swa_head_dim": 16,
-        "d_rel": 4,
-        "rel_extent": 16,
-        "unpadded_vocab_size": 120,
-    },
-    "inkling2_text": {
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
-        "swa_head_dim": 16,
-        "d_rel": 4,
-        "rel_extent": 16,
-        "unpadded_vocab_size": 120,
-    },
+    "inkling2_text": _INKLING,
+    "inkling_text": _INKLING,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "kimi_linear": _HYBRID,
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
-    "muse_spark_text": {"moe_hidden_size": 24},
     "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 2]},
+    "muse_spark_text": {"moe_hidden_size": 24},
     "nemotron_h": {
         "ssm_state_size": 8,
         "mamba_num_heads": 4,
@@ -135,14 +140,28 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": {"hc_lowrank": 8, **_HYBRID},
+    "qwen3_omni_moe_thinker": {
+        "vision_start_token_id": 121,
+        "image_token_id": 122,
+        "audio_token_id": 123,
+        "video_token_id": 124,
+    },
+    "qwen4_exp_text": {
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        **_HYBRID,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """A configuration of `model_type` with 2 or 3 layers, at least one of them with experts."""
-    return CONFIG_MAPPING[model_type](**_overrides(model_type))
+    return CONFIG_MAPPING[model_type](**{**_overrides(model_type), **overrides})
 
 
 def _overrides(model_type: str) -> dict[str, Any]:
@@ -156,6 +175,4 @@ def _overrides(model_type: str) -> dict[str, Any]:
     for name, value in defaults.items():
         if isinstance(value, dict) and "model_type" in value:
             overrides[name] = {**_overrides(value["model_type"]), "model_type": value["model_type"]}
-    for name, value in SPECIAL.get(model_type, {}).items():
-        overrides[name] = value
-    return overrides
+    return overrides | SPECIAL.get(model_type, {})

@@ -1,0 +1,7 @@
+"""`python -m expertmesh` is the `expertmesh` command."""
+
+from __future__ import annotations
+
+from expertmesh.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""`expertmesh bench`: measure this machine, each figure beside its baseline."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from expertmesh.cli.console import stderr, stdout
+
+app = typer.Typer(help="Measure this machine, each figure beside its baseline in the same run.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with the machine and the versions.")]
+
+
+@app.command()
+def exchange(
+    as_json: AsJson = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds in which the sides take turns.")] = 40,
+) -> None:
+    """What one exchange with 2 hosts costs, beside a bare gRPC stream and Ray actor calls.
+
+    Example:
+
+        expertmesh bench exchange --json
+    """
+    from expertmesh.bench.exchange import run
+
+    with stderr.status("measuring: three sides take turns"):
+        report = run(rounds=rounds)
+    if as_json:
+        _print_json(report)
+        return
+    table = Table(title="32 rows of 1,024 bfloat16 to 2 hosts and back", title_style="", box=None, header_style="dim")
+    for column in ("", "median ms", "p10", "p90"):
+        table.add_column(column, justify="right" if column else "left")
+    for side, of in report["milliseconds"].items():
+        table.add_row(side, *(f"{of[key]:.3f}" for key in ("median", "p10", "p90")))
+    stdout.print(table)
+    over_bare, over_ray = report["exchange_over_bare"], report["ray_over_exchange"]
+    stdout.print(
+        f"The exchange takes {over_bare['median']:.2f} times the bare stream "
+        f"({over_bare['p10']:.2f} to {over_bare['p90']:.2f}); "
+        f"Ray actor calls take {over_ray['median']:.2f} times the exchange "
+        f"({over_ray['p10']:.2f} to {over_ray['p90']:.2f})."
+    )
+
+
+@app.command("serve")
+def serve_bench(
+    as_json: AsJson = False,
+    clients: Annotated[int, typer.Option(min=1, help="Streams at the same time.")] = 32,
+    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 60,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request.")] = 64,
+    port: Annotated[int, typer.Option(help="For the mesh that is started.")] = 8123,
+) -> None:
+    """Serve the tiny model and stream from it with many clients: time to first token, between tokens, leaks.
+
+    Example:
+
+        expertmesh bench serve --clients 32 --seconds 60 --json
+    """
+    from expertmesh.bench.serve import run
+    from expertmesh.cli.console import steps_shown
+
+    with steps_shown() as show:
+        report = run(clients=clients, seconds=seconds, tokens=tokens, port=port, report=show)
+    if as_json:
+        _print_json(report)
+        return
+    stdout.print(
+        f"{report['requests']} requests by {clients} clients in {seconds:g} s, {report['errors']} errors, "
+        f"{report['tokens_per_second']:,.0f} tokens/s"
+    )
+    for name in ("time_to_first_token_ms", "between_tokens_ms"):
+        of = report[name]
+        stdout.print(f"{name.removesuffix('_ms').replace('_', ' ')}: p50 {of['p50']:.1f} ms, p99 {of['p99']:.1f} ms")
+    stdout.print(f"left behind after shutdown: {report['left_behind']}")
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    stdout.print_json(json.dumps(report))

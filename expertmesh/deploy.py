@@ -1,0 +1,157 @@
+"""Deploying a mesh from a program: start or join Ray, run the application, wait until it is ready, drain, stop.
+
+What `serve deploy` does on a cluster, with progress and with errors that a person can act on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from expertmesh.app import build
+from expertmesh.checkpoint.source import resolve
+from expertmesh.config import MeshConfig, ServeFile, parse_config
+from expertmesh.errors import ConfigError
+from expertmesh.serve.deployments import CONTROLLER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_POLL_S = 0.2
+_BUSY = {ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a deployment has come: `done` of `total` of something, where that is known."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+def for_model(model: str, *, hosts: int, min_replicas: int, dtype: str | None) -> ServeFile:
+    """What `serve MODEL` deploys when no file says otherwise: hosts on this machine's CPU, or on each of its GPUs."""
+    mesh: dict[str, Any] = {"model": model, "experts": {"min_replicas": min_replicas}, "pools": [{"hosts": hosts}]}
+    if dtype is not None:
+        mesh["dtype"] = dtype
+    return ServeFile(serve={}, app_name="expertmesh", route_prefix="/", mesh=parse_config(mesh, "command line"))
+
+
+@contextlib.contextmanager
+def deployed(
+    file: ServeFile, *, host: str | None = None, port: int | None = None, report: Callable[[Progress], None]
+) -> Iterator[str]:
+    """The base URL of the mesh, which is drained and stopped on leaving; so is Ray, if this started it.
+
+    Raises ConfigError or CheckpointError, with nothing left running, when it cannot come up.
+    """
+    options = file.serve.get("http_options") or {}
+    host = host or options.get("host") or "127.0.0.1"
+    port = port or options.get("port") or 8000
+    resolve(file.mesh.model)  # a model that is not there is better told before minutes are spent on a cluster
+    _check_port(host, port)
+    report(Progress(phase="starting Ray"))
+    started_ray = _start_or_join_ray(file.mesh)
+    try:
+        report(Progress(phase="starting Serve"))
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        target = serve.RunTarget(target=build(file.mesh), name=file.app_name, route_prefix=file.route_prefix)
+        serve.run_many([target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
+        try:
+            _wait_ready(file.app_name, report)
+            prefix = file.route_prefix.rstrip("/")
+            yield f"http://{host}:{port}{prefix}"
+        finally:
+            if started_ray:
+                serve.shutdown()
+            else:
+                serve.delete(file.app_name)
+    finally:
+        ray.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} on {host}: {error.strerror}; choose another with --port") from error
+
+
+def _start_or_join_ray(mesh: MeshConfig) -> bool:
+    """True when a cluster was started, for this process alone; False when one was joined."""
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "expertmesh"}
+    if "RAY_ADDRESS" in os.environ or _ray_is_running():
+        try:
+            ray.init(address="auto", **quiet)
+        except (RuntimeError, ConnectionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"cannot join the Ray cluster that is running: {reason}") from error
+        return False
+    # A laptop may have fewer cores than the mesh has parts: Ray's CPUs only count places here.
+    num_cpus = max(os.cpu_count() or 1, math.ceil(_cpus(mesh)))
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    return True
+
+
+def _ray_is_running() -> bool:
+    try:
+        ray._private.services.canonicalize_bootstrap_address_or_die("auto")
+    except ConnectionError:
+        return False
+    return True
+
+
+def _cpus(mesh: MeshConfig) -> float:
+    hosts = sum(pool.hosts * pool.cpus for pool in mesh.pools)
+    return hosts + mesh.router.replicas * mesh.router.cpus + mesh.gateway.replicas * mesh.gateway.cpus
+
+
+def _wait_ready(app_name: str, report: Callable[[Progress], None]) -> None:
+    """Follow the controller and Serve until the application runs. Raises ConfigError with what went wrong."""
+    pause = threading.Event()
+    while True:
+        status = _controller_status(app_name)
+        if status is not None and status["error"]:
+            raise ConfigError(status["error"])
+        application = serve.status().applications.get(app_name)
+        if application is not None and application.status == ApplicationStatus.RUNNING:
+            return
+        if application is not None and application.status not in _BUSY:
+            raise ConfigError(_why_not(application))
+        if status is not None and not status["ready"]:
+            report(Progress(phase=status["phase"], done=status["done"], total=status["total"]))
+        elif status is not None:
+            report(Progress(phase="loading the dense model"))
+        pause.wait(_POLL_S)
+
+
+def _controller_status(app_name: str) -> dict[str, Any] | None:
+    """What the application's controller says, or None while there is none."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if CONTROLLER in actor["name"] and app_name in actor["name"]:
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
+                status: dict[str, Any] = ray.get(handle.status.remote(), timeout=10)
+                return status
+    return None
+
+
+def _why_not(application: Any) -> str:
+    """The last line of what Serve knows: the deployments' messages carry remote traces."""
+    messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
+    text = next((message for message in messages if message), str(application.status))
+    return text.strip().splitlines()[-1].strip()
+

@@ -1,0 +1,55 @@
+"""The oracle of every kernel: one pair at a time, in float32, with no thought of speed.
+
+Owns a float32 copy of each expert. Its invariant holds by construction: a pair is computed alone. Rows and weights are
+upcast, h, a and y are float32, and y is rounded to the spec's dtype at the end: the only rounding but float32's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from expertmesh.kernels.activation import activate
+from expertmesh.kernels.spec import ExpertWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from expertmesh.kernels.spec import ExpertSpec
+
+
+class ReferenceKernel:
+    """`ExpertKernel` as plainly as it can be written."""
+
+    def __init__(self, spec: ExpertSpec, num_slots: int) -> None:
+        self.spec = spec
+        self.num_slots = num_slots
+        self._experts: dict[int, ExpertWeights] = {}
+
+    def write(self, slot: int, weights: ExpertWeights) -> None:
+        weights.check(self.spec)
+        self._experts[slot] = ExpertWeights(
+            weights.w_in.to(torch.float32, copy=True),
+            weights.w_out.to(torch.float32, copy=True),
+            None if weights.b_in is None else weights.b_in.to(torch.float32, copy=True),
+            None if weights.b_out is None else weights.b_out.to(torch.float32, copy=True),
+        )
+
+    def clear(self, slot: int) -> None:
+        self._experts.pop(slot, None)
+
+    @torch.no_grad()
+    def run(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
+        y_PH = torch.empty(len(row_P), self.spec.hidden)
+        for pair, (row, slot) in enumerate(zip(row_P.tolist(), slot_P.tolist(), strict=True)):
+            y_PH[pair] = self._expert(x_TH[row].float(), self._experts[slot])
+        return y_PH.to(x_TH.dtype)
+
+    def _expert(self, x_H: Tensor, expert: ExpertWeights) -> Tensor:
+        h_N = expert.w_in @ x_H
+        if expert.b_in is not None:
+            h_N = h_N + expert.b_in
+        a_I = activate(h_N, self.spec.activation, gated=self.spec.gated)
+        y_H = expert.w_out @ a_I
+        return y_H if expert.b_out is None else y_H + expert.b_out

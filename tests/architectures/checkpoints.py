@@ -1,0 +1,74 @@
+"""Every architecture that has transformers' experts interface, and a tiny random checkpoint of each.
+
+The list is read from transformers' own sources, so that an architecture new to a release cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.architectures.configs import tiny_config
+
+_MODEL_TYPES = {
+    "inkling": "inkling_text",  # the whole model's vision tower needs scipy to be constructed
+    "qwen3_omni_moe": "qwen3_omni_moe_thinker",
+}
+"""Where the model to test is not the one named like its folder."""
+
+_AUTO_CLASSES = {"openai_privacy_filter": "AutoModelForTokenClassification"}
+
+SKIPPED = {"Qwen3OmniMoeTalkerTextExperts": "writes speech codes from another model's states, never text"}
+"""Experts classes that are not served, and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """One experts class, and the model that it is tested in."""
+
+    experts_class: str
+    model_type: str
+    auto_class: str | None
+    """None: the one that is found without being named."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes one token after another."""
+        return self.auto_class is None and self.model_type != "diffusion_gemma"
+
+
+def find_architectures() -> list[Architecture]:
+    """One for each class in transformers that is decorated with `@use_experts_implementation`."""
+    models = Path(transformers.__file__).parent / "models"
+    found = []
+    for source in sorted(models.glob("*/modeling_*.py")):
+        for experts_class in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", source.read_text(), re.M):
+            folder = source.parent.name
+            model_type = _MODEL_TYPES.get(folder, folder)
+            auto_class = _AUTO_CLASSES.get(folder)
+            found.append(Architecture(experts_class=experts_class, model_type=model_type, auto_class=auto_class))
+    return found
+
+
+def build_model(architecture: Architecture, **overrides: Any) -> Any:
+    """A tiny random model, the same at every call, that computes its experts in transformers' plainest way."""
+    config = tiny_config(architecture.model_type, **overrides)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    names = [architecture.auto_class or "AutoModelForCausalLM", "AutoModelForImageTextToText"]
+    auto_class = next(
+        auto for auto in (getattr(transformers, name) for name in names) if type(config) in auto._model_mapping
+    )
+    return auto_class.from_config(config).eval()
+
+
+def save_checkpoint(folder: Path, model_type: str, *, max_shard_size: str = "1GB", **overrides: Any) -> Any:
+    """Save a tiny random checkpoint of `model_type` as its authors would store it, and return the model."""
+    model = build_model(Architecture(experts_class="", model_type=model_type, auto_class=None), **overrides)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model

@@ -1,0 +1,92 @@
+"""Every architecture of transformers' experts interface, its experts elsewhere, against the model as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from expertmesh.backbone import attach_model, count_expert_parameters, load_backbone
+from expertmesh.checkpoint.index import index_checkpoint
+from expertmesh.checkpoint.source import resolve
+from tests.architectures.checkpoints import SKIPPED, Architecture, build_model, find_architectures
+from tests.architectures.configs import tiny_config
+from tests.architectures.executor import LocalExecutor
+
+ARCHITECTURES = find_architectures()
+TOLERANCE = 1e-4
+PROMPT = torch.tensor([[17, 99, 5, 64, 23, 110, 42, 8, 77, 31]])
+
+
+@pytest.fixture(autouse=True)
+def quiet_transformers():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def executor() -> LocalExecutor:
+    return LocalExecutor()
+
+
+def logits(model: Any) -> torch.Tensor:
+    torch.manual_seed(1)  # one architecture draws its input
+    with torch.no_grad():
+        return model(input_ids=PROMPT).logits
+
+
+def generate(model: Any) -> list[int]:
+    options = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
+    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **options)[0].tolist()
+
+
+def test_the_sources_of_transformers_name_all_architectures():
+    assert len(ARCHITECTURES) >= 65
+    assert set(SKIPPED) <= {architecture.experts_class for architecture in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.experts_class)
+def test_an_architecture_answers_the_same_with_its_experts_elsewhere(
+    architecture: Architecture, executor: LocalExecutor, tmp_path: Path
+):
+    if architecture.experts_class in SKIPPED:
+        pytest.skip(SKIPPED[architecture.experts_class])
+    model = build_model(architecture)
+    assert architecture.experts_class in {type(module).__name__ for module in model.modules()}
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+
+    path = resolve(str(tmp_path))
+    index = index_checkpoint(path, auto_class=architecture.auto_class)
+    backbone = load_backbone(path, auto_class=architecture.auto_class)
+
+    assert count_expert_parameters(backbone.model) == 0
+    assert backbone.num_experts == index.num_experts
+    with executor.run(index) as layers:
+        backbone.connect(layers)
+        torch.testing.assert_close(logits(backbone.model), expected, atol=TOLERANCE, rtol=0.0)
+        if architecture.generates:
+            assert generate(backbone.model) == generate(model)
+        attached = attach_model(model)
+        attached.connect(layers)
+        torch.testing.assert_close(logits(attached.model), expected, atol=TOLERANCE, rtol=0.0)
+    assert count_expert_parameters(model) == 0
+    backbone.connect([lambda x_TH, index_TK, weights_TK: torch.zeros_like(x_TH)] * index.num_layers)
+    effect = (logits(backbone.model) - expected).abs().max()
+    assert effect > 100 * TOLERANCE, "the experts hardly matter to this model, so the test shows nothing"
+
+
+def test_a_multimodal_checkpoint_is_served_by_its_text_model(executor: LocalExecutor, tmp_path: Path):
+    config = tiny_config("qwen3_5_moe")
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    index, backbone = index_checkpoint(tmp_path), load_backbone(tmp_path)
+    assert type(backbone.model) is transformers.Qwen3_5MoeForCausalLM
+    with executor.run(index) as layers:
+        backbone.connect(layers)
+        torch.testing.assert_close(logits(backbone.model), logits(model), atol=TOLERANCE, rtol=0.0)

@@ -1,0 +1,94 @@
+"""A dispatch plan loses no pair and invents none, whatever the placement."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertmesh.errors import NoReadyReplicaError
+from expertmesh.ids import ExpertId, HostId
+from expertmesh.moe.dispatch import make_dispatch_plan
+from expertmesh.placement import HostInfo, Placement
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    num_hosts = draw(st.integers(1, 5))
+    num_experts = draw(st.integers(1, 9))
+    hosts = tuple(HostInfo(id=HostId(f"h{i}"), address=f"h{i}:1") for i in range(num_hosts))
+    ids = st.lists(st.sampled_from([host.id for host in hosts]), min_size=1, unique=True)
+    replicas = {ExpertId(0, e): tuple(draw(ids)) for e in range(num_experts)}
+    return Placement(epoch=1, hosts=hosts, num_experts=(num_experts,), replicas=replicas)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Placement, np.ndarray, int, np.ndarray]:
+    placement = draw(placements())
+    num_choices = draw(st.integers(1, 4))
+    num_tokens = draw(st.integers(1, 12))
+    size = num_tokens * num_choices
+    experts = draw(st.lists(st.integers(0, placement.num_experts[0] - 1), min_size=size, max_size=size))
+    pairs = draw(st.lists(st.integers(0, size - 1), min_size=1, unique=True).map(sorted))
+    return placement, np.array(experts), num_choices, np.array(pairs)
+
+
+@given(cases())
+def test_every_pair_is_in_exactly_one_part_and_reaches_its_expert(case) -> None:
+    placement, expert_P, num_choices, pairs = case
+    parts = make_dispatch_plan(placement, 0, expert_P, num_choices, pairs)
+    assert sorted(np.concatenate([part.pairs for part in parts])) == pairs.tolist()
+    assert len({part.host.id for part in parts}) == len(parts)
+    for part in parts:
+        wanted = np.repeat(part.experts, part.counts)
+        assert wanted.tolist() == expert_P[part.pairs].tolist()
+        assert all(part.host.id in placement.replicas[ExpertId(0, e)] for e in part.experts)
+        assert len(set(part.experts)) == len(part.experts)
+
+
+@given(cases())
+def test_each_token_row_travels_once_to_a_host_and_every_pair_finds_it(case) -> None:
+    placement, expert_P, num_choices, pairs = case
+    for part in make_dispatch_plan(placement, 0, expert_P, num_choices, pairs):
+        assert (np.diff(part.tokens) > 0).all()
+        assert part.tokens[part.pair_rows].tolist() == (part.pairs // num_choices).tolist()
+        assert set(part.pair_rows) == set(range(len(part.tokens)))
+
+
+@given(cases())
+def test_replicas_of_an_expert_share_its_pairs_evenly(case) -> None:
+    placement, expert_P, num_choices, pairs = case
+    parts = make_dispatch_plan(placement, 0, expert_P, num_choices, pairs)
+    for expert in set(expert_P[pairs]):
+        holders = placement.replicas[ExpertId(0, int(expert))]
+        got = [sum(n for e, n in zip(part.experts, part.counts, strict=True) if e == expert) for part in parts if part.host.id in holders]
+        got += [0] * (len(holders) - len(got))
+        assert max(got) - min(got) <= 1
+
+
+@given(cases())
+def test_equal_inputs_give_equal_plans(case) -> None:
+    placement, expert_P, num_choices, pairs = case
+    again = Placement.from_json(placement.to_json())
+    first = make_dispatch_plan(placement, 0, expert_P, num_choices, pairs)
+    second = make_dispatch_plan(placement, 0, expert_P, num_choices, pairs)
+    assert [part.pairs.tolist() for part in first] == [part.pairs.tolist() for part in second]
+    assert {e: set(h) for e, h in again.replicas.items()} == {e: set(h) for e, h in placement.replicas.items()}
+
+
+def test_an_expert_without_a_replica_is_named() -> None:
+    host = HostInfo(id=HostId("a"), address="a:1")
+    placement = Placement(epoch=1, hosts=(host,), num_experts=(0, 3), replicas={ExpertId(1, 0): (host.id,)})
+    with pytest.raises(NoReadyReplicaError) as caught:
+        make_dispatch_plan(placement, 1, np.array([0, 2]), 1, np.array([0, 1]))
+    assert caught.value.expert == ExpertId(1, 2)
+
+
+def test_a_placement_without_a_host_keeps_its_epoch_and_loses_its_replicas() -> None:
+    hosts = tuple(HostInfo(id=HostId(name), address=name) for name in "ab")
+    replicas = {ExpertId(0, 0): (hosts[0].id, hosts[1].id), ExpertId(0, 1): (hosts[0].id,)}
+    placement = Placement(epoch=7, hosts=hosts, num_experts=(2,), replicas=replicas)
+    rest = placement.without({hosts[0].id})
+    assert rest.epoch == 7
+    assert rest.layers[0].num_replicas_E.tolist() == [1, 0]
