@@ -1,6 +1,6 @@
 """An engine's limits. Values only; no torch.
 
-Owns the limits' defaults and the relations that must hold between them. Does not know the model: whether a cache of
+Owns the relations that must hold between them. Does not know the model: whether a cache of
 this size fits the machine is found out when the engine is built.
 """
 
@@ -15,16 +15,16 @@ from expertmesh.errors import ConfigError
 class EngineConfig:
     """How much an engine may hold at once. Raises ConfigError when the limits contradict each other."""
 
-    max_requests: int = 64
+    max_requests: int
     """Requests that run at once; the others wait."""
-    max_context: int = 4096
+    max_context: int
     """Prompt plus generated tokens of one request, at most."""
-    max_batch_tokens: int = 1024
+    max_batch_tokens: int
     """Tokens of one forward, at most. Continuous batching splits longer prompts; the simple engine, which cannot, runs
     such a prompt alone."""
-    max_queue: int = 256
+    max_queue: int
     """Requests that may wait; one more is refused."""
-    kv_tokens: int = 32_768
+    kv_tokens: int
     """Tokens of all running requests whose keys and values are kept."""
     page_size: int = 256
     """Tokens in one page of the paged cache, and so the grain at which prompts share a prefix. Flash attention's fast

@@ -60,7 +60,8 @@ class ContinuousBatch:
             )
 
     def _make_processor(self, config: EngineConfig) -> Any:
-        flash_pages = ceil(config.max_context / config.page_size) if config.page_size % _FLASH_PAGE == 0 else 0
+        decodes_from_pages = self._attention.startswith("flash") and config.page_size % _FLASH_PAGE == 0
+        pages_per_request = 2 * ceil(config.max_context / config.page_size / 2) if decodes_from_pages else 0
         manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -68,13 +69,13 @@ class ContinuousBatch:
                 num_blocks=ceil(config.kv_tokens / config.page_size),
                 max_batch_tokens=config.max_batch_tokens,
                 max_requests_per_batch=config.max_requests,
-                max_blocks_per_request=flash_pages + flash_pages % 2 if self._model.device.type == "cuda" else 0,
+                max_blocks_per_request=pages_per_request,
                 # A graph would capture the exchange away, and a step in flight while the next is prepared would need
                 # its tokens before they are chosen.
                 use_cuda_graph=False,
                 use_async_batching=False,
                 auto_switch_to_flash=False,
-                seed=0,
+                seed=0,  # the library seeds torch's global generator with it; nothing of ours draws from that
             ),
         )
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._chooser]))

@@ -92,20 +92,27 @@ def choose_tokens(logits_BV: torch.Tensor, states: Sequence[SamplingState]) -> l
     A row's entry is None when its logits have no finite maximum: the model is broken for that row only.
     """
     argmax_B = _argmax(logits_BV)
-    rows_B = torch.arange(len(states), device=logits_BV.device)
-    is_finite_B = logits_BV[rows_B, argmax_B].isfinite().tolist()
-    token_ids: list[int | None] = []
-    for row, (state, greedy_id) in enumerate(zip(states, argmax_B.tolist(), strict=True)):
-        if not is_finite_B[row]:
-            token_ids.append(None)
-        elif state.is_greedy and not state.is_adjusted:
-            token_ids.append(greedy_id)
-        else:
-            token_ids.append(choose(logits_BV[row].cpu().numpy(), state))
-    return [
-        None if token_id is None else _with_logprobs(token_id, logits_BV[row], state.params.top_logprobs)
-        for row, (token_id, state) in enumerate(zip(token_ids, states, strict=True))
+    peak_B = logits_BV.gather(1, argmax_B[:, None])[:, 0]
+    token_ids = [
+        token_id if is_finite else None
+        for token_id, is_finite in zip(argmax_B.tolist(), peak_B.isfinite().tolist(), strict=True)
     ]
+    beyond_argmax = [row for row, state in enumerate(states) if state.is_adjusted or not state.is_greedy]
+    for row, logits_V in zip(beyond_argmax, logits_BV[beyond_argmax].cpu().numpy(), strict=True):
+        if token_ids[row] is not None:
+            token_ids[row] = choose(logits_V, states[row])
+    choices = [None if token_id is None else Choice(token_id=token_id) for token_id in token_ids]
+
+    reporting = [row for row, state in enumerate(states) if state.params.top_logprobs is not None]
+    for row, logprobs_V in zip(reporting, logits_BV[reporting].log_softmax(-1).cpu().numpy(), strict=True):
+        token_id = token_ids[row]
+        if token_id is not None:
+            choices[row] = Choice(
+                token_id=token_id,
+                logprob=float(logprobs_V[token_id]),
+                top_logprobs=most_likely_logprobs(logprobs_V, states[row].params.top_logprobs or 0),
+            )
+    return choices
 
 
 def choose(logits_V: NDArray[np.float32], state: SamplingState) -> int:
@@ -123,16 +130,16 @@ def adjust(logits_V: NDArray[np.float32], state: SamplingState) -> Scores:
     params = state.params
     scores_V = logits_V.astype(np.float64)
     for token_id, bias in params.logit_bias.items():
-        scores_V[token_id] += bias
+        scores_V[_within(scores_V, [token_id])] += bias
     if state.num_generated < params.min_tokens:
-        scores_V[list(state.stop_ids)] = -np.inf
+        scores_V[_within(scores_V, state.stop_ids)] = -np.inf
     if params.repetition_penalty != 1.0:
-        ids_C = np.fromiter(state.prompt_ids | state.generated_counts.keys(), np.int64)
+        ids_C = _within(scores_V, state.prompt_ids | state.generated_counts.keys())
         seen_C = scores_V[ids_C]
         scores_V[ids_C] = np.where(seen_C > 0, seen_C / params.repetition_penalty, seen_C * params.repetition_penalty)
     if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
-        ids_C = np.fromiter(state.generated_counts.keys(), np.int64)
-        counts_C = np.fromiter(state.generated_counts.values(), np.float64)
+        ids_C = _within(scores_V, state.generated_counts)
+        counts_C = np.array([state.generated_counts[token_id] for token_id in ids_C.tolist()], np.float64)
         scores_V[ids_C] -= params.frequency_penalty * counts_C + params.presence_penalty
     return scores_V
 
@@ -174,20 +181,17 @@ def _most_likely(scores_C: NDArray[Any], limit: int) -> Ids:
     return indices[np.argsort(-scores_C[indices], kind="stable")][:limit]
 
 
-def _with_logprobs(token_id: int, logits_V: torch.Tensor, num_top: int | None) -> Choice:
-    if num_top is None:
-        return Choice(token_id=token_id)
-    logprobs_V = torch.log_softmax(logits_V, dim=-1).cpu().numpy()
-    return Choice(
-        token_id=token_id, logprob=float(logprobs_V[token_id]), top_logprobs=most_likely_logprobs(logprobs_V, num_top)
-    )
-
-
 def most_likely_logprobs(logprobs_V: NDArray[np.float32], num_top: int) -> tuple[tuple[int, float], ...]:
     """The `num_top` most likely (token id, log-probability), most likely first."""
     if num_top == 0:
         return ()
     return tuple((int(token_id), float(logprobs_V[token_id])) for token_id in _most_likely(logprobs_V, num_top))
+
+
+def _within(scores_V: Scores, token_ids: Iterable[int]) -> Ids:
+    """The ids that have a score: some models read tokens that they cannot write."""
+    ids_C = np.array(list(token_ids), np.int64)
+    return ids_C[ids_C < len(scores_V)]
 
 
 def _argmax(logits_BV: torch.Tensor) -> torch.Tensor:

@@ -65,15 +65,13 @@ class Host:
 
         Memory is divided among shapes by what all their experts would take. Raises ConfigError when it holds none.
         """
-        needs = [
-            configuration.num_experts(i) * slot_bytes(spec, self._device) for i, spec in enumerate(configuration.specs)
-        ]
+        sizes = [self.bytes_per_slot(spec) for spec in configuration.specs]
+        needs = [configuration.num_experts(i) * size for i, size in enumerate(sizes)]
         share = min(1.0, self.memory_bytes / sum(needs))
         slots = tuple(int(configuration.num_experts(i) * share) for i in range(len(needs)))
         if not all(slots):
-            largest = max(slot_bytes(spec, self._device) for spec in configuration.specs)
             raise ConfigError(
-                f"a host with memory of {self.memory_bytes:,} bytes holds no expert: one takes {largest:,} bytes"
+                f"a host with memory of {self.memory_bytes:,} bytes holds no expert: one takes {max(sizes):,} bytes"
             )
         self._pools = ()
         self._pools = tuple(
@@ -81,6 +79,10 @@ class Host:
         )
         self.configuration = configuration
         return slots
+
+    def bytes_per_slot(self, spec: ExpertSpec) -> int:
+        """What one expert takes on this host's device, packing included."""
+        return slot_bytes(spec, self._device)
 
     def _pool(self, layer: int) -> SlotPool:
         assert self.configuration is not None

@@ -39,9 +39,10 @@ class HostServer:
         self.address = f"{advertise or bind}:{bound}"
 
     def close(self) -> None:
-        """End the streams and free the port."""
-        self._thread.run(self._server.stop(grace=0))
-        self._thread.close()
+        """End the streams and free the port. Idempotent."""
+        if not self._thread.is_closed:
+            self._thread.run(self._server.stop(grace=0))
+            self._thread.close()
 
 
 class HostProcess:

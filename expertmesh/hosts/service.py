@@ -79,12 +79,13 @@ class HostService(HostServicer):
 
     async def Load(self, message: pb.LoadRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.LoadReply:
         async def load() -> pb.LoadReply:
-            expert = self._expert(message.layer, message.index)
-            assert self._root is not None
+            expert, recipe = self._expert(message.layer, message.index), codec.decode_recipe(message)
             assert self._host.configuration is not None
+            if self._root is None:
+                raise ProtocolError("the host was not told of a checkpoint")
             if not self._host.holds(expert):
-                recipe, spec = codec.decode_recipe(message), self._host.configuration.spec(expert.layer)
                 # Reading takes milliseconds to seconds and must not hold up the rows that others wait for.
+                spec = self._host.configuration.spec(expert.layer)
                 weights = await asyncio.to_thread(read_expert, self._root, recipe, spec)
                 self._host.write(expert, weights)
             return pb.LoadReply()

@@ -60,13 +60,14 @@ class ChatShape:
         return {"prompt_token_ids": choice.prompt.ids} if self._shows_token_ids else {}
 
     def _rest(self, delta: Delta) -> dict[str, Any]:
-        logprobs = {"content": [self._entry(token) for token in delta.tokens], "refusal": None}
-        fields = {
-            "logprobs": logprobs if self._has_logprobs else None,
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        }
-        return {**fields, "token_ids": [token.id for token in delta.tokens]} if self._shows_token_ids else fields
+        fields: dict[str, Any] = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        if self._has_logprobs:
+            fields["logprobs"] = {"content": [self._entry(token) for token in delta.tokens], "refusal": None}
+        else:
+            fields["logprobs"] = None
+        if self._shows_token_ids:
+            fields["token_ids"] = [token.id for token in delta.tokens]
+        return fields
 
     def _entry(self, token: Token) -> dict[str, Any]:
         top = [self._logprob(token_id, logprob) for token_id, logprob in token.top_logprobs]

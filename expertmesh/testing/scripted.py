@@ -53,8 +53,10 @@ class ScriptedBackend:
     ) -> None:
         self.is_healthy = True
         self.requests: list[GenerateRequest] = []
+        self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Ids of the requests, as they begin; a test may wait on it from any thread."""
         self.cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
-        """Ids of the requests whose iterators were closed early, in order; a test may wait on it from any thread."""
+        """The same of those whose iterators were closed early, as they end."""
         self._script = script
         self._vocab_size = vocab_size
         self._eos = frozenset(eos_token_ids)
@@ -62,6 +64,7 @@ class ScriptedBackend:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
         self.requests.append(request)
+        self.started.put(request.request_id)
         events: list[TokenEvent] = []
         previous, count = request.prompt_ids[-1], 0
         try:

@@ -19,6 +19,10 @@ _TO_DTYPE = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT
 _FROM_DTYPE = {number: name for name, number in _TO_DTYPE.items()}
 
 
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""Of one message, in either direction; larger ones are refused by gRPC before they are read."""
+
+
 def itemsize(dtype: str) -> int:
     """Bytes of one element."""
     return 4 if dtype == "float32" else 2
@@ -58,8 +62,8 @@ def decode_request(message: pb.ExchangeRequest, configuration: HostConfiguration
     if max(experts) >= num_experts or len(set(experts)) != len(experts):
         raise ProtocolError(f"experts: each must be below {num_experts} and named once")
     num_pairs = sum(counts)
-    if num_pairs > message.num_rows * len(experts):
-        raise ProtocolError(f"{num_pairs} pairs: {message.num_rows} rows and {len(experts)} experts make fewer")
+    if num_pairs * row_bytes > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"{num_pairs} pairs: their answer would exceed {MAX_MESSAGE_BYTES:,} bytes")
     if len(message.pair_rows) != 4 * num_pairs:
         raise ProtocolError(f"pair_rows has {len(message.pair_rows)} bytes: {num_pairs} pairs take {4 * num_pairs}")
     pair_rows = np.frombuffer(message.pair_rows, dtype="<i4")

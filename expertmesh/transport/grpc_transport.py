@@ -12,14 +12,12 @@ from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostStub
 from expertmesh.errors import ProtocolError, ReplicaFailedError, ReplicaUnavailableError
 from expertmesh.transport import codec
+from expertmesh.transport.codec import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from expertmesh.ids import HostId
     from expertmesh.placement import HostInfo
     from expertmesh.transport import LayerReply, LayerRequest
-
-MAX_MESSAGE_BYTES = 256 * 2**20
-"""Of one message, in either direction; larger ones are refused by gRPC before they are read."""
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -80,6 +78,7 @@ class _Stream:
         self._call = HostStub(self._channel).Exchange(metadata=credentials(token))
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[pb.ExchangeReply]] = {}
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._reader = asyncio.create_task(self._read(), name=f"read {host.id}")
         self.broken: str | None = None
 
@@ -88,10 +87,12 @@ class _Stream:
         answer = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = answer
         try:
-            await self._call.write(codec.encode_request(request_id, request))
+            async with self._writing:
+                await self._call.write(codec.encode_request(request_id, request))
             reply = await answer
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise ReplicaUnavailableError(self._host.id, self.broken or _cause(error)) from error
+            self.broken = self.broken or _cause(error)  # the reader may not have been told yet
+            raise ReplicaUnavailableError(self._host.id, self.broken) from error
         finally:
             self._waiting.pop(request_id, None)
         if reply.HasField("error"):

@@ -26,9 +26,13 @@ class LoopThread:
         """Run a coroutine on the loop and wait for its result. Must not be called from the loop's own thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._loop.is_closed()
+
     def close(self) -> None:
         """Cancel what still runs and end the thread. Idempotent."""
-        if self._loop.is_closed():
+        if self.is_closed:
             return
         self.run(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import transformers
 from expertmesh.backbone import attach_model, count_expert_parameters, load_backbone
 from expertmesh.checkpoint.index import index_checkpoint
 from expertmesh.checkpoint.source import resolve
+from expertmesh.testing.processes import ProcessCluster
 from tests.architectures.checkpoints import SKIPPED, Architecture, build_model, find_architectures
 from tests.architectures.configs import tiny_config
-from tests.architectures.executor import LocalExecutor
+from tests.architectures.executor import HostExecutor
 
 ARCHITECTURES = find_architectures()
 TOLERANCE = 1e-4
@@ -27,9 +29,10 @@ def quiet_transformers():
     transformers.logging.disable_progress_bar()
 
 
-@pytest.fixture
-def executor() -> LocalExecutor:
-    return LocalExecutor()
+@pytest.fixture(scope="module")
+def executor() -> Iterator[HostExecutor]:
+    with ProcessCluster(num_hosts=2) as cluster:
+        yield HostExecutor(cluster)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -50,7 +53,7 @@ def test_the_sources_of_transformers_name_all_architectures():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.experts_class)
 def test_an_architecture_answers_the_same_with_its_experts_elsewhere(
-    architecture: Architecture, executor: LocalExecutor, tmp_path: Path
+    architecture: Architecture, executor: HostExecutor, tmp_path: Path
 ):
     if architecture.experts_class in SKIPPED:
         pytest.skip(SKIPPED[architecture.experts_class])
@@ -79,7 +82,7 @@ def test_an_architecture_answers_the_same_with_its_experts_elsewhere(
     assert effect > 100 * TOLERANCE, "the experts hardly matter to this model, so the test shows nothing"
 
 
-def test_a_multimodal_checkpoint_is_served_by_its_text_model(executor: LocalExecutor, tmp_path: Path):
+def test_a_multimodal_checkpoint_is_served_by_its_text_model(executor: HostExecutor, tmp_path: Path):
     config = tiny_config("qwen3_5_moe")
     config._experts_implementation = "eager"
     torch.manual_seed(0)

@@ -576,7 +576,7 @@ def test_the_longest_request_that_is_accepted_runs(model):
     [prompt] = random_prompts(90)
     with running(model, kv_tokens=96) as engine:
         assert len(run(engine, [request("r", prompt, max_tokens=6, ignore_eos=True)]).tokens("r")) == 6
-        with pytest.raises(InvalidRequestError, match="context of 96"):
+        with pytest.raises(InvalidRequestError, match="context is 96"):
             engine.score((3,) * 97, 1)
 
 
@@ -591,11 +591,14 @@ def test_limits_that_contradict_each_other_are_refused_by_name(model, limits):
 
 
 def test_a_cache_that_cannot_hold_one_request_is_refused():
-    """Full and sliding layers share the pages, so a cache of `max_context` tokens is too small for either alone."""
-    model = tiny("gpt_oss")
-    config = EngineConfig(max_requests=1, max_context=96, max_batch_tokens=96, max_queue=1, kv_tokens=96, page_size=96)
-    with pytest.raises(ConfigError, match="kv_tokens"):
-        make_engine(model, config, "continuous").close()
+    """Full and sliding layers draw on the same memory in units that do not divide it."""
+    layer_types = ["full_attention"] * 3 + ["sliding_attention"] * 2
+    model = tiny("gpt_oss", num_hidden_layers=5, layer_types=layer_types)
+    with (
+        pytest.raises(ConfigError, match="kv_tokens is 16"),
+        running(model, max_context=16, kv_tokens=16, page_size=16),
+    ):
+        pass
     assert len(generate(model, [3, 4], 3, eos_token_id=-1)) == 3, "the model is as it was"
 
 

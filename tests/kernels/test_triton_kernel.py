@@ -1,16 +1,9 @@
-"""The Triton kernels: run on a GPU where there is one and in Triton's interpreter otherwise, and compiled for chips.
-
-Triton decides at its import whether it interprets, so the interpreter has a process of its own.
-"""
+"""The Triton kernels: run on a GPU or in Triton's interpreter, and compiled for chips that are not here."""
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
 import re
 import subprocess
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,7 +17,7 @@ from triton.compiler import ASTSource
 from expertmesh.errors import ConfigError
 from expertmesh.kernels import triton_kernel
 from expertmesh.kernels.reference import ReferenceKernel
-from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec
+from expertmesh.kernels.spec import Activation, ExpertSpec
 from expertmesh.kernels.triton_kernel import BLOCK_M, TritonKernel, block_table
 from tests.kernels.cases import (
     GATED_ACTIVATIONS,
@@ -37,37 +30,16 @@ from tests.kernels.cases import (
     random_pairs,
     random_rows,
 )
+from tests.kernels.interpreter import DEVICE, RUNNABLE_DTYPES, somewhere
 
-HAS_GPU = torch.cuda.is_available()
-# The interpreter multiplies bfloat16 as integers, so that type is for GPUs only.
-RUNNABLE = [*DTYPES] if HAS_GPU else ["float32", "float16"]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that one block of threads may have, by compute capability (CUDA C Programming Guide, table 27)."""
 
 
-@functools.cache
-def kernel_of(spec: ExpertSpec) -> TritonKernel:
-    return filled(TritonKernel(spec, NUM_SLOTS, "cuda" if HAS_GPU else "cpu"))
-
-
-def compute(spec: ExpertSpec, row_P: list[int], slot_P: list[int]) -> np.ndarray:
-    """In float32, of which the two shorter types are subsets."""
-    return kernel_of(spec).run(random_rows(spec), torch.tensor(row_P), torch.tensor(slot_P)).float().numpy()
-
-
-def become_interpreter() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def run():
-    """`compute`, wherever it can run."""
-    if HAS_GPU:
+    with somewhere() as compute:
         yield compute
-        return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), become_interpreter) as interpreter:
-        yield lambda *args: interpreter.submit(compute, *args).result()
 
 
 def assert_matches_reference(run, spec, num_pairs):
@@ -78,13 +50,13 @@ def assert_matches_reference(run, spec, num_pairs):
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", RUNNABLE)
+@pytest.mark.parametrize("dtype", RUNNABLE_DTYPES)
 @pytest.mark.parametrize(
     ("hidden", "intermediate"), [(1, 1), (7, 1), (1, 37), (37, 7), (64, 64), (100, 192), (192, 96)]
 )
 def test_it_computes_what_the_reference_does(run, hidden, intermediate, dtype):
     spec = make_spec(hidden, intermediate, dtype=dtype, bias=hidden % 2 == 1)
-    for num_pairs in (1, 2, 3, 5, 16, 33, 100):
+    for num_pairs in (1, 3, 16, 33, 70):
         assert_matches_reference(run, spec, num_pairs)
 
 
@@ -99,11 +71,26 @@ def test_it_knows_every_ungated_activation(run, activation, bias):
     assert_matches_reference(run, make_spec(40, 37, gated=False, bias=bias, activation=activation), 16)
 
 
-@pytest.mark.parametrize("dtype", RUNNABLE)
-@settings(max_examples=15, deadline=None, derandomize=True)
+def test_a_row_that_is_not_a_number_harms_no_other(run):
+    spec = make_spec(37, 70, bias=True)
+    row_P = list(range(NUM_ROWS)) * 2
+    slot_P = [0] * NUM_ROWS + [1] * NUM_ROWS
+    healthy_PH = run(spec, row_P, slot_P)
+    for poisoned in (0, 5, NUM_ROWS - 1):
+        y_PH = run(spec, row_P, slot_P, poisoned)
+        others = np.array(row_P) != poisoned
+        assert np.array_equal(y_PH[others], healthy_PH[others])
+        assert np.isnan(y_PH[~others]).all()
+
+
+# In the interpreter numpy multiplies, whose bits do depend on a row's place.
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", RUNNABLE_DTYPES)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_pairs_bits_are_the_same_in_any_company(run, dtype, data):
-    spec = make_spec(37, 70, dtype=dtype, bias=True)
+    spec = make_spec(300, 170, dtype=dtype, bias=True)
     row_P = list(range(NUM_ROWS)) * NUM_SLOTS
     slot_P = sorted(list(range(NUM_SLOTS)) * NUM_ROWS)
     whole_PH = run(spec, row_P, slot_P)
@@ -130,10 +117,10 @@ def test_an_expert_with_many_rows_fills_its_blocks():
 def test_no_pairs_give_no_rows():
     empty = torch.empty(0, dtype=torch.int64)
     spec = make_spec(16, 8)
-    assert TritonKernel(spec, 1, "cuda" if HAS_GPU else "cpu").run(random_rows(spec), empty, empty).shape == (0, 16)
+    assert TritonKernel(spec, 1, DEVICE).run(random_rows(spec), empty, empty).shape == (0, 16)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_a_machine_without_a_gpu_is_told_so():
     with pytest.raises(ConfigError, match="finds no GPU"):
         TritonKernel(make_spec(16, 8), 1, "cuda:0")
@@ -170,13 +157,10 @@ def spilled_bytes(ptx: str, folder) -> int:
     "spec",
     [
         make_spec(2048, 768, dtype="bfloat16"),
-        make_spec(2048, 768, dtype="float32"),
         make_spec(
             2880, 2880, dtype="bfloat16", bias=True, activation=Activation(name="swiglu_oai", limit=7.0, alpha=1.702)
         ),
-        make_spec(7168, 3072, dtype="bfloat16", activation=Activation(name="swiglu_clamped", limit=10.0)),
-        make_spec(4096, 14336, dtype="float16", activation=Activation(name="gelu")),
-        make_spec(1024, 2688, dtype="bfloat16", gated=False, activation=Activation(name="relu2")),
+        make_spec(1024, 2688, dtype="float16", gated=False, activation=Activation(name="relu2")),
         make_spec(37, 7, dtype="float32", bias=True, activation=Activation(name="gelu_pytorch_tanh")),
     ],
     ids=lambda spec: f"{spec.hidden}x{spec.intermediate} {spec.dtype}",
