@@ -10,7 +10,6 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from expertmesh.errors import ConfigError
@@ -134,53 +133,14 @@ class MeshConfig(Section):
             raise ValueError("pools: at least one is needed, each with another name")
         num_hosts = sum(pool.hosts for pool in self.pools)
         if self.experts.min_replicas > num_hosts:
-            raise ValueError(
-                f"experts.min_replicas: {self.experts.min_replicas} copies need as many hosts; the pools have {num_hosts}"
-            )
+            copies = self.experts.min_replicas
+            raise ValueError(f"experts.min_replicas: {copies} copies need as many hosts; the pools have {num_hosts}")
         return self
 
     @property
     def name(self) -> str:
         """What clients call the model."""
         return self.served_name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
-
-
-IMPORT_PATH = "expertmesh.app:build"
-"""What `import_path` says in our config files."""
-
-
-class ServeFile(Section):
-    """A config file: Ray Serve's schema, with one application of ours."""
-
-    serve: dict[str, Any]
-    """The whole file, as Serve takes it."""
-    app_name: str
-    route_prefix: str
-    mesh: MeshConfig
-
-
-def load_config(path: Path) -> ServeFile:
-    """Read and check a config file. Raises ConfigError naming the file and the key."""
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    applications = document.get("applications") if isinstance(document, dict) else None
-    ours = [app for app in applications or () if isinstance(app, dict) and app.get("import_path") == IMPORT_PATH]
-    if len(ours) != 1:
-        raise ConfigError(f"{path}: applications: exactly one must have import_path {IMPORT_PATH}, not {len(ours)}")
-    # Serve ignores keys that it does not know, so a typo outside `args` would go unnoticed.
-    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
-
-    _refuse_unknown(path, "", document, set(ServeDeploySchema.model_fields))
-    _refuse_unknown(path, "applications.", ours[0], set(ServeApplicationSchema.model_fields))
-    try:
-        ServeDeploySchema.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error)}") from error
-    mesh = parse_config(ours[0].get("args") or {}, where=f"{path}: applications.args")
-    prefix = ours[0].get("route_prefix", "/")
-    return ServeFile(serve=document, app_name=ours[0].get("name", "default"), route_prefix=prefix, mesh=mesh)
 
 
 def parse_config(values: dict[str, Any], where: str = "config") -> MeshConfig:
@@ -197,10 +157,3 @@ def describe(error: ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message
-
-
-def _refuse_unknown(path: Path, prefix: str, values: dict[str, Any], known: set[str]) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"{path}: {prefix}{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))

@@ -20,7 +20,8 @@ from ray.serve.schema import ApplicationStatus
 
 from expertmesh.app import build
 from expertmesh.checkpoint.source import resolve
-from expertmesh.config import MeshConfig, ServeFile, parse_config
+from expertmesh.config import MeshConfig, parse_config
+from expertmesh.config_file import ServeFile
 from expertmesh.errors import ConfigError
 from expertmesh.serve.deployments import CONTROLLER
 
@@ -154,4 +155,3 @@ def _why_not(application: Any) -> str:
     messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
     text = next((message for message in messages if message), str(application.status))
     return text.strip().splitlines()[-1].strip()
-

@@ -16,7 +16,7 @@ class ExpertId(NamedTuple):
     """
 
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on an id
 
     def __str__(self) -> str:
         return f"{self.layer}:{self.index}"

@@ -26,7 +26,7 @@ async def serve() -> None:
     """Print the port, echo until standard input ends."""
     server = grpc.aio.server(options=SERVER_OPTIONS)
     service, _, method = _METHOD.removeprefix("/").partition("/")
-    handlers = {method: grpc.stream_stream_rpc_method_handler(_echo)}
+    handlers: dict[str, Any] = {method: grpc.stream_stream_rpc_method_handler(_echo)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     sys.stdout.write(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}\n")
     sys.stdout.flush()

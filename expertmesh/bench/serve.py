@@ -48,9 +48,7 @@ class Footprint:
     descriptors: int
 
 
-def run(
-    *, clients: int, seconds: float, tokens: int, port: int, report: Callable[[Progress], None]
-) -> dict[str, Any]:
+def run(*, clients: int, seconds: float, tokens: int, port: int, report: Callable[[Progress], None]) -> dict[str, Any]:
     """Serve, load for `seconds`, stop: a JSON-able report."""
     with deployed(for_model("tiny", hosts=2, min_replicas=1, dtype="float32"), port=port, report=report) as url:
         report(Progress(phase="warming up"))
@@ -125,7 +123,10 @@ async def _request(http: httpx.AsyncClient, prompt: str, tokens: int, seed: int,
                 if not count:
                     continue
                 now = time.perf_counter()
-                (outcome.between_ms if received else outcome.first_ms).append(1e3 * (now - last) / (count if received else 1))
+                if received:
+                    outcome.between_ms.append(1e3 * (now - last) / count)
+                else:
+                    outcome.first_ms.append(1e3 * (now - last))
                 last, received = now, received + count
     except httpx.HTTPError as error:
         outcome.errors.append(f"{type(error).__name__}: {error}")

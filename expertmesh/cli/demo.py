@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import httpx
 import typer
 
-from expertmesh.cli.console import steps_shown, stdout
+from expertmesh.cli.console import stdout, steps_shown
 from expertmesh.cli.heatmap import busiest, draw
 from expertmesh.cli.status import fetch, status
 
@@ -84,7 +84,7 @@ def _tell_difference(used: dict[str, list[list[int]]]) -> None:
 
     def distance(layer: int) -> float:
         shares = [share(layers[layer]) for layers in used.values()]
-        return sum(max(of_expert) - min(of_expert) for of_expert in zip(*shares, strict=True))
+        return float(sum(max(of_expert) - min(of_expert) for of_expert in zip(*shares, strict=True)))
 
     num_layers = len(next(iter(used.values())))
     clearest = max(range(num_layers), key=distance)

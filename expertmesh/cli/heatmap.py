@@ -25,7 +25,7 @@ def draw(layers: Sequence[Sequence[float]], *, title: str) -> Text:
         for load in loads:
             heat = min(1.0, load / (3 * even)) if even else 0.0
             shade = _SHADES[round(heat * (len(_SHADES) - 1))]
-            picture.append(shade * 2, style=f"rgb({','.join(map(str, _blend(heat)))}) on rgb({','.join(map(str, _COLD))})")
+            picture.append(shade * 2, style=f"{_rgb(_blend(heat))} on {_rgb(_COLD)}")
         picture.append("\n")
     return picture
 
@@ -34,6 +34,10 @@ def _blend(heat: float) -> tuple[int, ...]:
     """From cold over warm to hot."""
     low, high, part = (_COLD, _WARM, heat * 2) if heat < 0.5 else (_WARM, _HOT, heat * 2 - 1)
     return tuple(round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
+
+
+def _rgb(color: tuple[int, ...]) -> str:
+    return f"rgb({','.join(map(str, color))})"
 
 
 def busiest(loads: Sequence[float], count: int = 3) -> list[int]:

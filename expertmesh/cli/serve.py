@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
-from expertmesh.cli.console import steps_shown, stderr, stdout
+from expertmesh.cli.console import stderr, stdout, steps_shown
 
 
 def serve(
-    target: Annotated[str, typer.Argument(metavar="CONFIG|MODEL", help="A YAML config, a checkpoint folder, a hub id, or `tiny`.")],
+    target: Annotated[
+        str, typer.Argument(metavar="CONFIG|MODEL", help="A YAML config, a checkpoint folder, a hub id, or `tiny`.")
+    ],
     hosts: Annotated[int | None, typer.Option(min=1, help="Host processes (for MODEL). [default: 2]")] = None,
     min_replicas: Annotated[
         int | None, typer.Option(min=1, help="Ready copies of every expert (for MODEL). [default: 1]")
@@ -21,7 +23,9 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 (for MODEL). [default: the checkpoint's]")
     ] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port. [default: the config's, or 8000]")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="HTTP port. [default: the config's, or 8000]")
+    ] = None,
 ) -> None:
     """Serve a model: start or join Ray, deploy, print `ready URL`, run until Ctrl-C, drain.
 
@@ -31,7 +35,7 @@ def serve(
 
         expertmesh serve configs/olmoe.yaml --port 9000
     """
-    from expertmesh.config import load_config  # late: `--help` need not wait for Ray
+    from expertmesh.config_file import load_config  # late: `--help` need not wait for Ray
     from expertmesh.deploy import deployed, for_model
 
     if target.endswith((".yaml", ".yml")):

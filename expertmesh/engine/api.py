@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from expertmesh.errors import ExpertMeshError
+
 FINISH_STOP = "stop"
 """The model ended the text: an end-of-sequence token or one of `stop_token_ids`."""
 FINISH_LENGTH = "length"
@@ -78,6 +80,8 @@ class TokenEvent:
     """(token id, log-probability), most likely first."""
     finish_reason: str | None = None
     error: str | None = None
+    cause: ExpertMeshError | None = None
+    """The typed error behind `error`, where it is one of ours: it tells a client whether to retry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

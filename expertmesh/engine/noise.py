@@ -1,14 +1,15 @@
 """Sampling noise without a state: Gumbel noise as a pure function of (seed, position, token id).
 
-Owns the generator. Does not know logits or requests. Invariant: the same three numbers give the same float64 in every
-process, batch and order of calls, and for any subset of the ids, so that a request resumed elsewhere draws the same.
+Owns the generator. Does not know logits or requests. Invariant: the same three numbers give the same noise in every
+process and batch and under every release of numpy, so that a request resumed elsewhere draws what it would have drawn.
 
-The generator is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014): output
-number v of the stream that starts at `key` is mix(key + (v + 1) * GOLDEN), so it needs no stepping.
+The generator is Philox4x64-10 (Salmon et al.: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011), whose stream numpy
+guarantees. The seed is its key; the position is the second word of its 256-bit counter, so no two streams overlap.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,42 +17,29 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+_WORD = 1 << 64
+_UNIFORM_BITS = 52
 
 
-def gumbel(seed: int, position: int, ids_C: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Standard Gumbel noise for each token id. Adding it to scores and taking the arg-max samples from their softmax.
+def noise_bits(seed: int, position: int, num_ids: int) -> NDArray[np.uint64]:
+    """The random word of each token id from 0. `position` is the index in the sequence of the token to be chosen."""
+    counter = np.array([0, position, 0, 0], np.uint64)
+    return np.random.Philox(key=seed % _WORD, counter=counter).random_raw(num_ids)
 
-    `position` is the index in the sequence of the token to be chosen.
+
+def gumbel(bits_C: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Standard Gumbel noise. Adding it to scores and taking the arg-max samples from the scores' softmax.
+
+    Grows with the bits, and is finite: a uniform is 52 bits and a half, exact in float64 and strictly between 0 and 1.
     """
-    key = _mix_int(_mix_int(seed) + (position + 1) * _GOLDEN)
-    bits_C = ids_C.astype(np.uint64)
-    bits_C += np.uint64(1)
-    bits_C *= np.uint64(_GOLDEN)
-    bits_C += np.uint64(key)
-    _mix_inplace(bits_C)
-    # 52 bits and a half: every uniform is exact in float64 and lies strictly between 0 and 1, so no logarithm diverges.
-    bits_C >>= np.uint64(12)
-    noise_C = bits_C.astype(np.float64)
+    noise_C = (bits_C >> np.uint64(64 - _UNIFORM_BITS)).astype(np.float64)
     noise_C += 0.5
-    noise_C *= 2.0**-52
-    for _ in range(2):
-        np.log(noise_C, out=noise_C)
-        np.negative(noise_C, out=noise_C)
-    return noise_C
+    noise_C *= 2.0**-_UNIFORM_BITS
+    return -np.log(-np.log(noise_C))
 
 
-def _mix_int(z: int) -> int:
-    z &= _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-def _mix_inplace(z: NDArray[np.uint64]) -> None:
-    shifted = np.empty_like(z)  # one scratch array: a vocabulary's worth of temporaries costs more than the arithmetic
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        np.right_shift(z, np.uint64(shift), out=shifted)
-        z ^= shifted
-        z *= np.uint64(factor)
+def least_bits_above(bound: float) -> np.uint64:
+    """Bits below which no noise exceeds `bound`. Comparing bits costs a small part of computing the noise."""
+    uniform = math.exp(-math.exp(min(-bound, 700.0)))
+    # One step less than exact, for what the logarithms round.
+    return np.uint64(max(0, math.floor(uniform * (1 - 2.0**-40) * 2**_UNIFORM_BITS) - 1) << (64 - _UNIFORM_BITS))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from expertmesh.engine.noise import gumbel
+from expertmesh.engine.noise import gumbel, least_bits_above, noise_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,6 +36,8 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would only overflow (vLLM's limit)."""
 _NUCLEUS_GUESS = 1024
 """How many of the most likely tokens top_p sorts first: most nuclei are smaller, and sorting a vocabulary is slow."""
+_NUM_LEADERS = 256
+"""How many of the most likely tokens' noise is worked out first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +123,11 @@ def choose(logits_V: NDArray[np.float32], state: SamplingState) -> int:
     if state.is_greedy:
         return int(scores_V.argmax())
     scores_V /= state.params.temperature
+    bits_V = noise_bits(state.params.seed, state.position, len(scores_V))
     ids_C = candidates(scores_V, state.params)
-    return int(ids_C[(scores_V[ids_C] + gumbel(state.params.seed, state.position, ids_C)).argmax()])
+    if len(ids_C) == len(scores_V):
+        return _winner(scores_V, bits_V)
+    return int(ids_C[_winner(scores_V[ids_C], bits_V[ids_C])])
 
 
 def adjust(logits_V: NDArray[np.float32], state: SamplingState) -> Scores:
@@ -150,12 +155,26 @@ def candidates(scores_V: Scores, params: SamplingParams) -> Ids:
     floor = peak + math.log(params.min_p) if params.min_p > 0 else -np.inf
     ids_C = np.flatnonzero(scores_V >= floor) if params.min_p > 0 else np.arange(len(scores_V))
     if 0 < params.top_k < len(ids_C):
-        ids_C = ids_C[_most_likely(scores_V[ids_C], params.top_k)]
+        ids_C = np.sort(ids_C[_most_likely(scores_V[ids_C], params.top_k)])
     if params.top_p < 1.0:
         weights_C = np.exp(scores_V[ids_C] - peak)
-        ids_C = ids_C[_nucleus(weights_C, params.top_p * weights_C.sum())]
-    ids_C.sort()
+        ids_C = np.sort(ids_C[_nucleus(weights_C, params.top_p * weights_C.sum())])
     return ids_C
+
+
+def _winner(scores_C: Scores, bits_C: NDArray[np.uint64]) -> int:
+    """The index of the highest sum of score and noise.
+
+    Most of a vocabulary is so unlikely that only rare noise could lift it to the top: the noise is worked out for a few
+    leaders, and then for those of the others whose bits show that they may beat them.
+    """
+    if len(scores_C) <= _NUM_LEADERS:
+        return int((scores_C + gumbel(bits_C)).argmax())
+    cut = np.partition(scores_C, len(scores_C) - _NUM_LEADERS)[len(scores_C) - _NUM_LEADERS]
+    leads_C = scores_C >= cut
+    to_beat = (scores_C[leads_C] + gumbel(bits_C[leads_C])).max()
+    contenders = np.flatnonzero(leads_C | (bits_C >= least_bits_above(to_beat - cut)))
+    return int(contenders[(scores_C[contenders] + gumbel(bits_C[contenders])).argmax()])
 
 
 def _nucleus(weights_C: Scores, mass: float) -> Ids:

@@ -28,7 +28,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         if not self._waiting:
             loop.call_soon(self._flush)
-        answer = loop.create_future()
+        answer: asyncio.Future[LayerReply] = loop.create_future()
         self._waiting.append((work, answer))
         return await answer
 

@@ -145,7 +145,7 @@ async def _answered(call: Callable[[], Awaitable[T]], context: grpc.aio.Servicer
         await context.abort(status, str(error))
 
 
-class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+class _TokenCheck(grpc.aio.ServerInterceptor):
     """Ends every call that does not carry the token."""
 
     def __init__(self, token: str) -> None:
@@ -155,13 +155,13 @@ class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-igno
             logger.warning("refused a call from %s: wrong or missing token", context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing token")
 
-        self._refuse = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refuse: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(refuse)
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         given = dict(details.invocation_metadata or ()).get("authorization", "")
         if isinstance(given, str) and hmac.compare_digest(given.encode(), self._expected):
             return await continuation(details)

@@ -14,16 +14,15 @@ Shapes: T token rows, P pairs, R rows of one product, K columns, H hidden, I int
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from expertmesh.errors import ConfigError
 from expertmesh.kernels.activation import activate
+from expertmesh.kernels.blocks import cut, fill
 from expertmesh.kernels.selfcheck import is_row_invariant, probe_rows, probe_weights
 from expertmesh.kernels.spec import ExpertWeights
 
@@ -55,6 +54,8 @@ class Arithmetic:
     num_bytes: Callable[[Tensor], int]
     """Of a packed weight, padding included."""
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    row_multiple: int = 1
+    """Blocks are filled up to a multiple of this."""
     max_rows: int = MAX_ROWS
 
 
@@ -76,13 +77,12 @@ class CpuKernel:
 
     @torch.no_grad()
     def run(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
-        parts_PH = [x_TH.new_empty(0, self.spec.hidden)]
-        for first in range(0, len(row_P), MAX_PAIRS):
-            pairs = slice(first, first + MAX_PAIRS)
-            parts_PH.append(
-                _ffn(self.spec, self.arithmetic, self._slots, x_TH.index_select(0, row_P[pairs]), slot_P[pairs])
-            )
-        return torch.cat(parts_PH)
+        parts_PH = [
+            _ffn(self.spec, self.arithmetic, self._slots, x_TH.index_select(0, row_p), slot_p)
+            for row_p, slot_p in zip(row_P.split(MAX_PAIRS), slot_P.split(MAX_PAIRS), strict=True)
+            if len(row_p) > 0
+        ]
+        return torch.cat(parts_PH) if parts_PH else x_TH.new_empty(0, self.spec.hidden)
 
 
 @functools.cache
@@ -101,9 +101,8 @@ def choose_arithmetic(spec: ExpertSpec, num_threads: int) -> tuple[Arithmetic, i
         except RuntimeError:  # oneDNN refuses some dtypes and shapes on some processors, and says so only when called
             continue
         if passed:
-            return arithmetic, sum(arithmetic.num_bytes(w) for w in expert[:2]) + sum(
-                b.nbytes for b in expert[2:] if b is not None
-            )
+            biases = [bias for bias in (expert.b_in, expert.b_out) if bias is not None]
+            return arithmetic, sum(map(arithmetic.num_bytes, expert[:2])) + sum(bias.nbytes for bias in biases)
     raise ConfigError(
         f"no linear algebra on this machine computes a row of {spec} independently of the others: "
         "try another number of threads (OMP_NUM_THREADS) or another build of torch"
@@ -114,26 +113,21 @@ def _ffn(
     spec: ExpertSpec, arithmetic: Arithmetic, slots: Sequence[ExpertWeights | None], x_PH: Tensor, slot_P: Tensor
 ) -> Tensor:
     linear, dtype = arithmetic.linear, arithmetic.dtype
-    blocks = [(_written(slots, slot), rows) for slot, rows in _blocks(slot_P, arithmetic.max_rows)]
-    x_PH = x_PH.to(dtype)
-    h_PN = torch.cat([linear(x_PH[rows], expert.w_in, expert.b_in) for expert, rows in blocks])
+    blocks = cut(slot_P.numpy(), arithmetic.max_rows)
+    sizes, pairs = fill(blocks, arithmetic.row_multiple)
+    experts = [_written(slots, block.slot) for block in blocks]
+
+    x_RH = (x_PH if len(pairs) == len(x_PH) else x_PH.index_select(0, torch.tensor(pairs))).to(dtype)
+    h_RN = torch.cat([linear(x, e.w_in, e.b_in) for x, e in zip(torch.split(x_RH, sizes), experts, strict=True)])
     # One call for all experts, as an element's activation does not depend on its place.
-    a_PI = activate(h_PN.float(), spec.activation, gated=spec.gated).to(dtype)
-    y_PH = torch.cat([linear(a_PI[rows], expert.w_out, expert.b_out) for expert, rows in blocks])
-    return y_PH.to(getattr(torch, spec.dtype))
+    a_RI = activate(h_RN.float(), spec.activation, gated=spec.gated).to(dtype)
+    y_RH = [linear(a, e.w_out, e.b_out) for a, e in zip(torch.split(a_RI, sizes), experts, strict=True)]
+    y_PH = torch.cat([y[: block.last - block.first] for y, block in zip(y_RH, blocks, strict=True)])
+    return y_PH.to(x_PH.dtype)
 
 
 def _ffn_of_one(spec: ExpertSpec, arithmetic: Arithmetic, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
     return _ffn(spec, arithmetic, [expert], x_RH, torch.zeros(len(x_RH), dtype=torch.int64))
-
-
-def _blocks(slot_P: Tensor, max_rows: int) -> Iterator[tuple[int, slice]]:
-    """Cut sorted pairs into runs of one slot, of at most `max_rows` rows."""
-    slots = slot_P.numpy()
-    changes = np.flatnonzero(slots[1:] != slots[:-1]) + 1
-    for first, last in itertools.pairwise([0, *changes.tolist(), len(slots)]):
-        for start in range(first, last, max_rows):
-            yield int(slots[start]), slice(start, min(start + max_rows, last))
 
 
 def _written(slots: Sequence[ExpertWeights | None], slot: int) -> ExpertWeights:
@@ -157,17 +151,17 @@ def _preferred(spec: ExpertSpec) -> Iterator[Arithmetic]:
         yield BY_FOURS
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         if spec.dtype == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-            yield _prepacked(torch.bfloat16)
-        yield _prepacked(torch.float32)
+            yield _prepacked("bfloat16")
+        yield _prepacked("float32")
     yield BY_FOURS
     yield ONE_ROW
 
 
-def _prepacked(dtype: torch.dtype) -> Arithmetic:
+def _prepacked(dtype: str) -> Arithmetic:
     """oneDNN with the weight in its own blocked layout. Weights of odd sizes are padded, which `num_bytes` counts."""
     return Arithmetic(
-        name=f"prepacked {dtype}".replace("torch.", ""),
-        dtype=dtype,
+        name=f"prepacked {dtype}",
+        dtype=getattr(torch, dtype),
         pack=torch.ops.mkldnn._reorder_linear_weight,
         num_bytes=torch.ops.mkldnn._nbytes,
         linear=_prepacked_linear,
@@ -178,17 +172,13 @@ def _prepacked_linear(x_RK: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_RK, w, b, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _linear_by_fours(x_RK: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    missing = -len(x_RK) % 4
-    return F.linear(F.pad(x_RK, (0, 0, 0, missing)), w, b)[: len(x_RK)] if missing else F.linear(x_RK, w, b)
-
-
 BY_FOURS = Arithmetic(
     name="plain float32, rows by fours",  # MKL takes other paths for leftover rows and for fewer than four
     dtype=torch.float32,
     pack=torch.clone,
     num_bytes=lambda w: w.nbytes,
-    linear=_linear_by_fours,
+    linear=F.linear,
+    row_multiple=4,
 )
 ONE_ROW = Arithmetic(
     name="plain float32, row by row",

@@ -17,15 +17,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from expertmesh.errors import ConfigError
+from expertmesh.kernels.blocks import cut
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
@@ -225,19 +224,19 @@ class TritonKernel:
     def run(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
         if len(row_P) == 0:
             return x_TH.new_empty(0, self.spec.hidden)
-        block_B3 = block_table(slot_P.numpy())
+        blocks = cut(slot_P.numpy(), BLOCK_M)
         in_constants, out_constants = constants(self.spec)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             x = self._to_device(x_TH)
             row = self._to_device(row_P.to(torch.int32))
-            block = self._to_device(torch.from_numpy(block_B3))
+            block = self._to_device(torch.tensor(blocks, dtype=torch.int32))
             a_PI = x.new_empty(len(row_P), self.spec.intermediate)
             y_PH = x.new_empty(len(row_P), self.spec.hidden)
             slabs = self._slabs
-            in_kernel[len(block_B3), triton.cdiv(self.spec.intermediate, in_constants["BLOCK_N"])](
+            in_kernel[len(blocks), triton.cdiv(self.spec.intermediate, in_constants["BLOCK_N"])](
                 x, row, block, slabs["w_in"], slabs.get("b_in"), a_PI, **in_constants, **OPTIONS
             )
-            out_kernel[len(block_B3), triton.cdiv(self.spec.hidden, out_constants["BLOCK_N"])](
+            out_kernel[len(blocks), triton.cdiv(self.spec.hidden, out_constants["BLOCK_N"])](
                 a_PI, block, slabs["w_out"], slabs.get("b_out"), y_PH, **out_constants, **OPTIONS
             )
             return y_PH.cpu()
@@ -246,16 +245,3 @@ class TritonKernel:
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def block_table(slot_P: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Cut sorted pairs into blocks of one slot and at most BLOCK_M pairs -> [B, 3]: slot, first pair, last pair + 1."""
-    num_pairs = len(slot_P)
-    first_of_run = np.flatnonzero(np.r_[True, slot_P[1:] != slot_P[:-1]])
-    size_of_run = np.diff(first_of_run, append=num_pairs)
-    blocks_of_run = -(-size_of_run // BLOCK_M)
-    run = np.repeat(np.arange(len(first_of_run)), blocks_of_run)
-    nth_in_run = np.arange(len(run)) - np.repeat(np.cumsum(blocks_of_run) - blocks_of_run, blocks_of_run)
-    first = first_of_run[run] + nth_in_run * BLOCK_M
-    last = np.minimum(first + BLOCK_M, (first_of_run + size_of_run)[run])
-    return np.stack([slot_P[first], first, last], axis=1).astype(np.int32)

@@ -16,7 +16,7 @@ from expertmesh.errors import ConfigError, ExpertMeshError
 from expertmesh.serve.router import Router
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
     from fastapi import FastAPI
 
@@ -34,7 +34,7 @@ _POLL_S = 20.0
 class RouterDeployment:
     """A replica holds one `Router` and follows the controller's placements."""
 
-    async def __init__(self, config: dict[str, Any], token: str) -> None:
+    async def __init__(self, config: dict[str, Any], token: str) -> None:  # type: ignore[misc]  # Serve awaits it
         placement = await self._first_placement()
         self._router = await asyncio.to_thread(Router, MeshConfig.model_validate(config), placement, token)
         self._follower = asyncio.create_task(self._follow())
@@ -112,7 +112,7 @@ class RouterHandle:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
         answer = self._handle.options(stream=True).generate.remote(request)
         try:
             with _own_errors():
@@ -138,7 +138,7 @@ class RouterHandle:
 
 
 @contextlib.contextmanager
-def _own_errors() -> Any:
+def _own_errors() -> Iterator[None]:
     """Ray wraps what a remote call raised; unwrap what is ours."""
     try:
         yield

@@ -93,7 +93,7 @@ class Transcript:
         tokens, text = [], ""
         for event in events:
             if event.finish_reason == FINISH_ERROR:
-                raise ExpertMeshError(event.error or "generation failed")
+                raise event.cause or ExpertMeshError(event.error or "generation failed")
             assert event.token_id is not None, "only an error brings no token"
             tokens.append(Token(event.token_id, event.logprob, event.top_logprobs, self._offset))
             text += self._say(event.token_id, ended=event.finish_reason == FINISH_STOP)

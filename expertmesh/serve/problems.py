@@ -38,8 +38,8 @@ class Problem:
     param: str | None = None
     code: str | None = None
     retry_after_s: float | None = None
-    is_ours: bool = False
-    """A defect: nobody foresaw it, so its trace belongs in the log and nothing of it in the body."""
+    is_defect: bool = False
+    """Nobody foresaw it: its trace belongs in the log, and nothing of it in the body."""
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -71,7 +71,7 @@ def problem_of(error: Exception) -> Problem:
         case ExpertMeshError():
             return Problem(status=500, message=str(error))
         case _:
-            return Problem(status=500, message="internal error; the server's log has its cause", is_ours=True)
+            return Problem(status=500, message="internal error; the server's log has its cause", is_defect=True)
 
 
 def _problem_of_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:

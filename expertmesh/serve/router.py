@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from expertmesh.serve.card import model_card
-
 from expertmesh.backbone import load_backbone
 from expertmesh.checkpoint.source import resolve
 from expertmesh.engine import EngineConfig, make_engine
 from expertmesh.engine.api import PromptLogprobs, TokenEvent
 from expertmesh.moe.exchange import Exchange, ExchangeLimits
 from expertmesh.moe.layer import MoeLayer
+from expertmesh.serve.card import model_card
 from expertmesh.transport.grpc_transport import GrpcTransport
 
 if TYPE_CHECKING:

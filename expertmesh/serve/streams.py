@@ -75,8 +75,7 @@ class EventStream(Response):
             if not self._is_started:
                 raise
             problem = problem_of(error)
-            if problem.is_ours:
-                logger.exception("a stream broke")
+            logger.warning("a stream broke: %s", problem.message, exc_info=problem.is_defect)
             await send_event(problem.body())
         await self._write(send, b"[DONE]", more=False)
 

@@ -29,7 +29,7 @@ def random_weights(spec: ExpertSpec, seed: int) -> ExpertWeights:
 
     def draw(*shape: int) -> torch.Tensor:
         scale = shape[-1] ** -0.5
-        return (torch.randn(shape, generator=generator) * scale).to(getattr(torch, spec.dtype))
+        return torch.Tensor.to(torch.randn(shape, generator=generator) * scale, getattr(torch, spec.dtype))
 
     return ExpertWeights(
         w_in=draw(spec.rows_in, spec.hidden),
@@ -84,9 +84,7 @@ class Mixture:
             for info in placement.hosts
         }
 
-    def dense(
-        self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def dense(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The layer's output by the dumb reference kernel and a sum in float32: the oracle, up to rounding."""
         kernel = ReferenceKernel(self.spec, self.num_experts)
         for index in range(self.num_experts):

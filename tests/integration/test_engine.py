@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from expertmesh.engine import EngineConfig, make_engine
 from expertmesh.engine.api import GenerateRequest, SamplingParams, TokenEvent
@@ -176,17 +177,42 @@ def test_models_without_a_paged_cache_write_what_generate_writes(model_type):
         assert inbox.tokens(str(index)) == expected
 
 
-def test_requests_that_are_started_over_for_want_of_memory_write_the_same(model, monkeypatch):
+@pytest.fixture
+def offloads(monkeypatch) -> list[bool]:
+    """Whether memory was found, for each time that the paged cache was short of it."""
+    outcomes: list[bool] = []
+    offload = OffloadingManager.offload_requests
+    monkeypatch.setattr(
+        OffloadingManager, "offload_requests", lambda self: outcomes.append(offload(self)) or outcomes[-1]
+    )
+    return outcomes
+
+
+def test_requests_that_are_started_over_for_want_of_memory_write_the_same(model, offloads):
     prompts = random_prompts(10, 12, 9, 11)
     with running(model, kv_tokens=96) as engine:
-        offloading = engine._batch._processor.offloading_manager
-        outcomes = []
-        offload = offloading.offload_requests
-        monkeypatch.setattr(offloading, "offload_requests", lambda: outcomes.append(offload()) or outcomes[-1])
         inbox = run(engine, [request(str(index), prompts[index], max_tokens=40, ignore_eos=True) for index in range(4)])
-    assert any(outcomes), "the cache was never short"
+    assert any(offloads), "the cache was never short"
     for index in range(4):
         assert inbox.tokens(str(index)) == generate(model, prompts[index], 40, eos_token_id=-1)
+
+
+def test_a_request_that_gave_its_memory_to_others_goes_on_when_they_are_cancelled(model, offloads):
+    prompts = random_prompts(10, 12, 9, 11)
+    inbox = Inbox()
+    with running(model, kv_tokens=96) as engine:
+
+        def cancel_the_others(kwargs: Any) -> None:
+            if any(offloads):
+                for index in range(3):
+                    engine.cancel(str(index))
+
+        with ForwardHook(model, cancel_the_others):
+            for index in range(4):
+                engine.submit(request(str(index), prompts[index], max_tokens=60, ignore_eos=True), inbox)
+            inbox.wait_finished(["3"])
+    assert not any(inbox.last(str(index)).finish_reason for index in range(3)), "they were still running"
+    assert inbox.tokens("3") == generate(model, prompts[3], 60, eos_token_id=-1)
 
 
 def test_a_shared_prefix_is_computed_once_and_changes_nothing(model):

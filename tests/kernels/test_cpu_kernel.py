@@ -17,7 +17,7 @@ from expertmesh.errors import ConfigError
 from expertmesh.kernels import cpu
 from expertmesh.kernels.cpu import BY_FOURS, MAX_PAIRS, MAX_ROWS, ONE_ROW, Arithmetic, CpuKernel, choose_arithmetic
 from expertmesh.kernels.reference import ReferenceKernel
-from expertmesh.kernels.spec import DTYPES, Activation
+from expertmesh.kernels.spec import DTYPES, Activation, ExpertWeights
 from tests.kernels.cases import (
     GATED_ACTIVATIONS,
     NUM_ROWS,
@@ -146,15 +146,16 @@ def test_a_slot_is_replaced_and_cleared():
         kernel.run(x, *pair)
 
 
-def test_a_written_slot_does_not_share_the_callers_memory():
-    spec = make_spec(16, 8, bias=True)
-    weights = random_expert(spec, 5)._replace(b_in=torch.zeros(16), b_out=torch.zeros(16))
+@pytest.mark.parametrize(("hidden", "intermediate"), [(16, 8), (1, 37), (300, 200)])
+def test_a_written_slot_does_not_share_the_callers_memory(hidden, intermediate):
+    spec = make_spec(hidden, intermediate, bias=True)
+    weights = ExpertWeights(*(tensor.clone() for tensor in random_expert(spec, 5)))
     kernel = CpuKernel(spec, 1)
     kernel.write(0, weights)
     x, zero = random_rows(spec), torch.tensor([0])
     before = kernel.run(x, zero, zero)
-    weights.b_in.fill_(9.0)
-    weights.b_out.fill_(9.0)
+    for tensor in weights:
+        tensor.fill_(9.0)
     assert torch.equal(kernel.run(x, zero, zero), before)
 
 

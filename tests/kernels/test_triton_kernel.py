@@ -18,7 +18,7 @@ from expertmesh.errors import ConfigError
 from expertmesh.kernels import triton_kernel
 from expertmesh.kernels.reference import ReferenceKernel
 from expertmesh.kernels.spec import Activation, ExpertSpec
-from expertmesh.kernels.triton_kernel import BLOCK_M, TritonKernel, block_table
+from expertmesh.kernels.triton_kernel import TritonKernel
 from tests.kernels.cases import (
     GATED_ACTIVATIONS,
     NUM_ROWS,
@@ -97,21 +97,6 @@ def test_a_pairs_bits_are_the_same_in_any_company(run, dtype, data):
     chosen = sorted(data.draw(st.lists(st.integers(0, len(row_P) - 1), min_size=1, max_size=50)))
     some_PH = run(spec, [row_P[pair] for pair in chosen], [slot_P[pair] for pair in chosen])
     assert np.array_equal(some_PH, whole_PH[chosen])
-
-
-@given(slots=st.lists(st.integers(0, 6), min_size=1, max_size=120).map(sorted))
-def test_blocks_cover_every_pair_once_and_never_mix_slots(slots):
-    covered = []
-    for slot, first, last in block_table(np.array(slots)).tolist():
-        assert 0 < last - first <= BLOCK_M
-        assert set(slots[first:last]) == {slot}
-        covered += range(first, last)
-    assert covered == list(range(len(slots)))
-
-
-def test_an_expert_with_many_rows_fills_its_blocks():
-    blocks = block_table(np.array([3] * (2 * BLOCK_M + 1) + [5]))
-    assert blocks.tolist() == [[3, 0, 16], [3, 16, 32], [3, 32, 33], [5, 33, 34]]
 
 
 def test_no_pairs_give_no_rows():

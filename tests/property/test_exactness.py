@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def run(dtype: str, held: dict[str, list[ExpertId]], cuts: list[int]) -> torch.T
     try:
         layer = MoeLayer(exchange, LAYER)
         edges = [0, *sorted(cuts), NUM_TOKENS]
-        pieces = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+        pieces = [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
         return torch.cat([layer(*(part[piece] for part in batch(dtype))) for piece in pieces])
     finally:
         exchange.close()

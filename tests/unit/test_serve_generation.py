@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.engine.api import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, PromptLogprobs, TokenEvent
-from expertmesh.errors import ExpertMeshError, OverloadedError
+from expertmesh.errors import ExpertMeshError, NoReadyReplicaError, OverloadedError
+from expertmesh.ids import ExpertId
 from expertmesh.serve.generation import Delta, Transcript, run_together
 from expertmesh.serve.prompts import Prompt
 from expertmesh.serve.schemas import CompletionBody
@@ -130,6 +131,13 @@ def test_without_a_codec_only_tokens_speak():
 def test_an_engines_error_is_raised_with_its_words():
     with pytest.raises(ExpertMeshError, match="out of memory"):
         write([TokenEvent(request_id="r", finish_reason=FINISH_ERROR, error="out of memory")], [])
+
+
+def test_an_error_of_ours_is_raised_as_itself():
+    cause = NoReadyReplicaError(ExpertId(0, 3))
+    with pytest.raises(NoReadyReplicaError) as caught:
+        write([TokenEvent(request_id="r", finish_reason=FINISH_ERROR, error=str(cause), cause=cause)], [])
+    assert caught.value is cause
 
 
 def test_of_works_that_run_together_the_first_failure_is_raised_as_itself():

@@ -1,0 +1,39 @@
+"""expertmesh serves Mixture-of-Experts language models with their experts as elastic services on a Ray cluster.
+
+To read how a token is made, follow the token plane, from the request inwards:
+
+    serve/gateway.py      HTTP, text and chat templates       -> serve/openai_api.py and its endpoints
+    serve/router.py       one copy of the dense model         -> engine/ (which requests run, which token comes next)
+    backbone/             transformers' model, experts taken out
+    moe/layer.py          exchange, then the weighted sum     -> moe/dispatch.py, moe/exchange.py
+    transport/            rows to a host and back
+    hosts/service.py      what a host answers                 -> hosts/host.py, hosts/slots.py
+    kernels/              the expert's feed-forward network
+
+To read how experts come to be where they are, follow the control plane:
+
+    app.py                a config becomes a Ray Serve application
+    control/controller.py starts hosts, loads experts, publishes placements
+    control/planner.py    where each expert goes
+    checkpoint/           which tensors make an expert, and reading one
+
+The planes meet in `placement.py` (down) and in what hosts report (up). Words are defined in README.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertmesh.attachment import attach
+
+__all__ = ["attach"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `expertmesh --help` and hosts need no transformers."""
+    if name == "attach":
+        from expertmesh.attachment import attach
+
+        return attach
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

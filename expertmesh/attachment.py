@@ -1,0 +1,87 @@
+"""The mesh's experts behind a transformers model in any script: `expertmesh.attach(model, address)`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from expertmesh.backbone import attach_model
+from expertmesh.errors import ConfigError
+from expertmesh.hosts.process import TOKEN_VARIABLE
+from expertmesh.moe.exchange import Exchange
+from expertmesh.moe.layer import MoeLayer
+from expertmesh.placement import Placement
+from expertmesh.transport.grpc_transport import GrpcTransport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+REFRESH_S = 2.0
+"""How often a new placement is asked for."""
+
+
+def attach(model: Any, address: str, *, token: str | None = None) -> Attachment:
+    """Let `model`, a transformers model in memory, compute its experts on the mesh whose gateway is at `address`.
+
+    The model's own experts are freed. It must be the mesh's model: same architecture and checkpoint; and the machine
+    must reach the hosts. `token` is the mesh's shared token, by default the environment's EXPERTMESH_TOKEN. Until the
+    returned attachment is closed, the model works as before. Raises ConfigError when it and the mesh do not fit.
+    """
+    token = token or os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise ConfigError(f"token: give the mesh's shared token, or set {TOKEN_VARIABLE} as for `expertmesh serve`")
+    placement = _fetch_placement(address)
+    backbone = attach_model(model)
+    if backbone.num_experts != placement.num_experts:
+        raise ConfigError(
+            f"model: it has {list(backbone.num_experts)} experts per MoE layer, the mesh at {address} "
+            f"{list(placement.num_experts)}; attach the model that the mesh serves"
+        )
+    exchange = Exchange(GrpcTransport(token), placement)
+    backbone.connect([MoeLayer(exchange, layer) for layer in range(len(placement.num_experts))])
+    return Attachment(exchange, address)
+
+
+class Attachment:
+    """Keeps a model's layers connected, and follows the mesh's placements. A context manager."""
+
+    def __init__(self, exchange: Exchange, address: str) -> None:
+        self._exchange = exchange
+        self._address = address
+        self._closed = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="expertmesh-placements", daemon=True)
+        self._follower.start()
+
+    def _follow(self) -> None:
+        while not self._closed.wait(REFRESH_S):
+            try:
+                self._exchange.update(_fetch_placement(self._address))
+            except ConfigError:
+                continue  # the gateway is away: the last placement stands
+
+    def close(self) -> None:
+        """Break the connections; the model's layers fail from here on. Idempotent."""
+        self._closed.set()
+        self._follower.join()
+        self._exchange.close()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _fetch_placement(address: str) -> Placement:
+    url = f"{address.rstrip('/')}/mesh/placement"
+    try:
+        answer = httpx.get(url, timeout=10)
+        answer.raise_for_status()
+        return Placement.from_json(answer.json())
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        raise ConfigError(f"address: no mesh answers at {url}: {error}") from error

@@ -1,0 +1,48 @@
+"""How the pairs of a call are cut into blocks, each of one expert. Knows nothing of tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+
+class Block(NamedTuple):
+    """Consecutive pairs of one slot: `first` is the first of them, `last` the one after the last."""
+
+    slot: int
+    first: int
+    last: int
+
+
+def cut(slot_P: NDArray[np.int64], max_pairs: int) -> list[Block]:
+    """Cut pairs sorted by slot into blocks of at most `max_pairs`, in order."""
+    if len(slot_P) == 0:
+        return []
+    starts = [0, *(np.flatnonzero(slot_P[1:] != slot_P[:-1]) + 1).tolist()]
+    stops = [*starts[1:], len(slot_P)]
+    return [
+        Block(slot, first, min(first + max_pairs, stop))
+        for slot, start, stop in zip(slot_P[starts].tolist(), starts, stops, strict=True)
+        for first in range(start, stop, max_pairs)
+    ]
+
+
+def fill(blocks: Iterable[Block], multiple: int) -> tuple[list[int], list[int]]:
+    """Lay the blocks out one after another, each filled up to a multiple of rows by repeating its last pair.
+
+    Returns each block's size so filled, and each row's pair.
+    """
+    sizes: list[int] = []
+    pairs: list[int] = []
+    for _, first, last in blocks:
+        missing = (first - last) % multiple
+        sizes.append(last - first + missing)
+        pairs += range(first, last)
+        pairs += [last - 1] * missing
+    return sizes, pairs
