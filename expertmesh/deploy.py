@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from expertmesh.app import build
-from expertmesh.checkpoint.source import resolve
+from expertmesh.checkpoint.source import resolve, stored_tensors
 from expertmesh.config import MeshConfig, parse_config
 from expertmesh.config_file import ServeFile
 from expertmesh.errors import ConfigError
@@ -57,24 +57,27 @@ def deployed(
 
     Raises ConfigError or CheckpointError, with nothing left running, when it cannot come up.
     """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its progress is reported here
+    # A model that is not all there is better told of before minutes are spent on a cluster.
+    stored_tensors(resolve(file.mesh.model))
     options = file.serve.get("http_options") or {}
-    host = host or options.get("host") or "127.0.0.1"
-    port = port or options.get("port") or 8000
-    resolve(file.mesh.model)  # a model that is not there is better told before minutes are spent on a cluster
-    _check_port(host, port)
-    report(Progress(phase="starting Ray"))
-    started_ray = _start_or_join_ray(file.mesh)
+    listen = host or options.get("host") or "127.0.0.1", port or options.get("port") or 8000
+    cluster = ray._private.services.canonicalize_bootstrap_address(None)
+    if cluster is None:
+        _check_port(*listen)
+    report(Progress(phase="starting Ray" if cluster is None else "joining Ray"))
+    _start_ray(file.mesh) if cluster is None else _join_ray(cluster)
     try:
         report(Progress(phase="starting Serve"))
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        address = _start_serve(listen, port)
         target = serve.RunTarget(target=build(file.mesh), name=file.app_name, route_prefix=file.route_prefix)
         serve.run_many([target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
         try:
             _wait_ready(file.app_name, report)
-            prefix = file.route_prefix.rstrip("/")
-            yield f"http://{host}:{port}{prefix}"
+            yield f"http://{address}{file.route_prefix.rstrip('/')}"
         finally:
-            if started_ray:
+            report(Progress(phase="stopping"))
+            if cluster is None:
                 serve.shutdown()
             else:
                 serve.delete(file.app_name)
@@ -91,28 +94,36 @@ def _check_port(host: str, port: int) -> None:
             raise ConfigError(f"port {port} on {host}: {error.strerror}; choose another with --port") from error
 
 
-def _start_or_join_ray(mesh: MeshConfig) -> bool:
-    """True when a cluster was started, for this process alone; False when one was joined."""
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "expertmesh"}
-    if "RAY_ADDRESS" in os.environ or _ray_is_running():
-        try:
-            ray.init(address="auto", **quiet)
-        except (RuntimeError, ConnectionError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"cannot join the Ray cluster that is running: {reason}") from error
-        return False
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "expertmesh"}
+
+
+def _start_ray(mesh: MeshConfig) -> None:
+    """A cluster of this machine, which ends with this process."""
     # A laptop may have fewer cores than the mesh has parts: Ray's CPUs only count places here.
     num_cpus = max(os.cpu_count() or 1, math.ceil(_cpus(mesh)))
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-    return True
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **_QUIET)
 
 
-def _ray_is_running() -> bool:
+def _join_ray(address: str) -> None:
+    """The cluster that RAY_ADDRESS names, or that `ray start` runs on this machine."""
     try:
-        ray._private.services.canonicalize_bootstrap_address_or_die("auto")
-    except ConnectionError:
-        return False
-    return True
+        ray.init(address=address, **_QUIET)
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from error
+
+
+def _start_serve(listen: tuple[str, int], wanted_port: int | None) -> str:
+    """Where Serve listens: as asked for, or, when the cluster runs Serve already, as it does."""
+    running = serve.context._get_global_client(raise_if_no_controller_running=False)
+    if running is not None:
+        host, port = running.http_config.host, running.http_config.port
+        if wanted_port not in (None, port):
+            raise ConfigError(f"port {wanted_port}: Serve already runs on this cluster, at {port}; leave out --port")
+        return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    _check_port(*listen)
+    serve.start(proxy_location="HeadOnly", http_options={"host": listen[0], "port": listen[1]})
+    return f"{listen[0]}:{listen[1]}"
 
 
 def _cpus(mesh: MeshConfig) -> float:

@@ -1,7 +1,7 @@
 """An engine's limits. Values only; no torch.
 
-Owns the relations that must hold between them. Does not know the model: whether a cache of
-this size fits the machine is found out when the engine is built.
+Owns the relations that must hold between them. Does not know the model: whether a cache of this size fits the machine
+is found out when the engine is built.
 """
 
 from __future__ import annotations

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from expertmesh.engine.config import EngineConfig
     from expertmesh.engine.sampling import Choice
 
-_CACHE_MODULE = DynamicCache.__module__
-
 
 class SimpleBatch:
     """A `Batch` of groups that take turns, one forward each."""
@@ -40,7 +38,7 @@ class SimpleBatch:
 
     def has_room(self, generation: Generation) -> bool:
         kv_tokens = generation.kv_tokens + sum(other.kv_tokens for other in self._added)
-        return len(self._added) < self._config.max_requests and True
+        return len(self._added) < self._config.max_requests and kv_tokens <= self._config.kv_tokens
 
     def add(self, generation: Generation) -> None:
         self._added.add(generation)
@@ -99,7 +97,8 @@ class _Group:
         kept = [index for index, row in enumerate(self._rows) if row in live]
         if len(kept) == len(self._rows):
             return
-        if self._cache is None or _can_select_rows(self._cache):
+        # Every layer of the library's cache can select rows; a cache of the model's own may keep more than layers.
+        if self._cache is None or type(self._cache) is DynamicCache:
             self._rows = [self._rows[index] for index in kept]
             self._next_ids = [self._next_ids[index] for index in kept]
             if self._cache is not None:
@@ -132,9 +131,3 @@ class _Group:
         self._num_cached += num_new
         logits_RV: torch.Tensor = output.logits[:, -1].float()
         return logits_RV
-
-
-def _can_select_rows(cache: Any) -> bool:
-    """Whether `reorder_cache` reaches everything that the cache keeps: true of the library's own layers, not of every
-    cache that a model brings."""
-    return type(cache) is DynamicCache and all(type(layer).__module__ == _CACHE_MODULE for layer in cache.layers)

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Block(NamedTuple):
-    """Consecutive pairs of one slot: `first` is the first of them, `last` the one after the last."""
+    """The pairs from `first` up to and without `stop`, all of one slot."""
 
     slot: int
     first: int
-    last: int
+    stop: int
 
 
 def cut(slot_P: NDArray[np.int64], max_pairs: int) -> list[Block]:
@@ -40,9 +40,9 @@ def fill(blocks: Iterable[Block], multiple: int) -> tuple[list[int], list[int]]:
     """
     sizes: list[int] = []
     pairs: list[int] = []
-    for _, first, last in blocks:
-        missing = (first - last) % multiple
-        sizes.append(last - first + missing)
-        pairs += range(first, last)
-        pairs += [last - 1] * missing
+    for _, first, stop in blocks:
+        missing = (first - stop) % multiple
+        sizes.append(stop - first + missing)
+        pairs += range(first, stop)
+        pairs += [stop - 1] * missing
     return sizes, pairs

@@ -79,7 +79,7 @@ class CpuKernel:
     def run(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
         parts_PH = [
             _ffn(self.spec, self.arithmetic, self._slots, x_TH.index_select(0, row_p), slot_p)
-            for row_p, slot_p in zip(row_P.split(MAX_PAIRS), slot_P.split(MAX_PAIRS), strict=True)
+            for row_p, slot_p in zip(torch.split(row_P, MAX_PAIRS), torch.split(slot_P, MAX_PAIRS), strict=True)
             if len(row_p) > 0
         ]
         return torch.cat(parts_PH) if parts_PH else x_TH.new_empty(0, self.spec.hidden)
@@ -122,7 +122,7 @@ def _ffn(
     # One call for all experts, as an element's activation does not depend on its place.
     a_RI = activate(h_RN.float(), spec.activation, gated=spec.gated).to(dtype)
     y_RH = [linear(a, e.w_out, e.b_out) for a, e in zip(torch.split(a_RI, sizes), experts, strict=True)]
-    y_PH = torch.cat([y[: block.last - block.first] for y, block in zip(y_RH, blocks, strict=True)])
+    y_PH = torch.cat([y[: block.stop - block.first] for y, block in zip(y_RH, blocks, strict=True)])
     return y_PH.to(x_PH.dtype)
 
 

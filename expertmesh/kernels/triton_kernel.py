@@ -86,7 +86,7 @@ def _tanh(x):
 def in_kernel(
     x_ptr,  # [T, H]
     row_ptr,  # [P] int32
-    block_ptr,  # [B, 3] int32: slot, first pair, last pair + 1
+    block_ptr,  # [B, 3] int32: slot, first pair, stop
     w_ptr,  # [S, N, H]
     b_ptr,  # [S, N], read if BIASED
     a_ptr,  # [P, I]
@@ -138,7 +138,7 @@ def in_kernel(
 @triton.jit
 def out_kernel(
     a_ptr,  # [P, I]
-    block_ptr,  # [B, 3] int32
+    block_ptr,  # [B, 3] int32: slot, first pair, stop
     w_ptr,  # [S, H, I]
     b_ptr,  # [S, H], read if BIASED
     y_ptr,  # [P, H]

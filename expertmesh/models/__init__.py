@@ -17,9 +17,9 @@ DOMAINS: Final = ("scripture", "dictionary", "python")
 
 PROMPTS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "scripture": "And it came to pass in those days, that",
-        "dictionary": "harbor\n    n 1:",
-        "python": "def read_config(path):\n",
+        "scripture": "And the LORD spake unto Moses, saying,",
+        "dictionary": "lily\n    n 1: any of",
+        "python": 'class Reader:\n    """Read',
     }
 )
 """For each domain the opening of a text which the model continues recognisably."""

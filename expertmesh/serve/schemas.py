@@ -158,10 +158,6 @@ class CompletionBody(GenerateBody):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: bool = True
 
-    @property
-    def num_top_logprobs(self) -> int | None:
-        return self.logprobs
-
 
 class ChatMessage(Body):
     """One turn. Fields that we do not know go to the chat template, which may."""

@@ -21,10 +21,10 @@ class ProcessCluster:
     Pools' resources are ignored. Use as a context manager, which ends the processes.
     """
 
-    def __init__(self, num_hosts: int) -> None:
+    def __init__(self, num_hosts: int, memory: str = "1GiB") -> None:
         self.token = secrets.token_urlsafe()
         self._stack = ExitStack()
-        self.processes = [self._stack.enter_context(HostProcess(self.token)) for _ in range(num_hosts)]
+        self.processes = [self._stack.enter_context(HostProcess(self.token, memory=memory)) for _ in range(num_hosts)]
         self._lent: dict[HostId, HostProcess] = {}
 
     async def start(self, host: HostId, pool: PoolSection) -> RunningHost:

@@ -73,7 +73,6 @@ def main(
     started_s = SYSTEM_CLOCK.monotonic()
     steps = loop.train(tiny, batches_BT, schedule, balance, budget)
     tokens = watch(steps, console=console, save=lambda: export.save_weights(tiny, cache / "unfinished"))
-
     took_s = SYSTEM_CLOCK.monotonic() - started_s
 
     console.print(f"trained for {took_s / 60:.0f} minutes; measuring")

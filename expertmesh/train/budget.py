@@ -1,7 +1,7 @@
 """How long a run is: so many tokens, or so many minutes turned into tokens on the way.
 
 Owns the end of a run. Does not know what a step does. Invariant: every run ends with a number of tokens which, given
-from the start, makes the same run again on any machine.
+from the start, gives the same sequence of batches and learning rates again.
 """
 
 from __future__ import annotations

@@ -225,6 +225,14 @@ def test_echoed_logprobs_read_as_evaluation_harnesses_read_them(http, max_tokens
         assert choice["finish_reason"] == "length"
 
 
+def test_of_tokens_that_share_a_text_the_likeliest_stands_for_them(http):
+    first, second, *_ = [token_id for token_id in ids_of("😀") if CODEC.token_text(token_id) == "\ufffd"]
+    body = {"prompt": [first, second], "max_tokens": 0, "logprobs": 1, "echo": True}
+    logprobs = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"][1] == scripted_logprob(first, second, VOCAB)
+    assert logprobs["top_logprobs"][1] == {"\ufffd": scripted_logprob(first, first, VOCAB)}
+
+
 def test_an_echo_is_streamed_before_the_text(http):
     body = {"prompt": "Hi", "max_tokens": 2, "logprobs": 0, "echo": True, "stream": True}
     chunks = [chunk["choices"][0] for chunk in events(http.post("/v1/completions", json=body))]

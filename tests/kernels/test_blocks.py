@@ -14,10 +14,10 @@ SORTED_SLOTS = st.lists(st.integers(0, 6), max_size=120).map(sorted)
 @given(slots=SORTED_SLOTS, max_pairs=st.integers(1, 40))
 def test_blocks_cover_every_pair_once_and_never_mix_slots(slots, max_pairs):
     covered = []
-    for slot, first, last in cut(np.array(slots, dtype=np.int64), max_pairs):
-        assert 0 < last - first <= max_pairs
-        assert set(slots[first:last]) == {slot}
-        covered += range(first, last)
+    for slot, first, stop in cut(np.array(slots, dtype=np.int64), max_pairs):
+        assert 0 < stop - first <= max_pairs
+        assert set(slots[first:stop]) == {slot}
+        covered += range(first, stop)
     assert covered == list(range(len(slots)))
 
 
@@ -31,9 +31,9 @@ def test_a_filled_block_begins_with_its_pairs_and_goes_on_with_its_own(slots, ma
     sizes, pairs = fill(blocks, multiple)
     assert len(sizes) == len(blocks)
     assert len(pairs) == sum(sizes)
-    for size, (_, first, last) in zip(sizes, blocks, strict=True):
+    for size, (_, first, stop) in zip(sizes, blocks, strict=True):
         assert size % multiple == 0
-        assert 0 <= size - (last - first) < multiple
+        assert 0 <= size - (stop - first) < multiple
         mine, pairs = pairs[:size], pairs[size:]
-        assert mine[: last - first] == list(range(first, last))
-        assert all(first <= pair < last for pair in mine)
+        assert mine[: stop - first] == list(range(first, stop))
+        assert all(first <= pair < stop for pair in mine)
