@@ -76,12 +76,20 @@ class RouterSection(Section):
     """Prompt plus generated tokens of one request; by default what the model was trained for, up to 8,192."""
     max_requests: int = Field(default=64, ge=1)
     """Decoded together."""
-    max_queue: int = Field(default=256, ge=0)
+    max_queue: int = Field(default=256, ge=1)
     """Waiting for a place among them; beyond it, requests are answered with 429."""
     max_batch_tokens: int = Field(default=512, ge=16)
     """In one forward pass, prompts included."""
     kv_tokens: int = Field(default=65_536, ge=256)
     """Tokens that the key-value cache holds over all requests."""
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> RouterSection:
+        if self.max_batch_tokens < self.max_requests:
+            raise ValueError(f"max_batch_tokens: {self.max_batch_tokens} is less than max_requests, {self.max_requests}")
+        if self.kv_tokens < (self.max_context or 0):
+            raise ValueError(f"kv_tokens: {self.kv_tokens} is less than max_context, {self.max_context}")
+        return self
 
 
 class GatewaySection(Section):

@@ -77,10 +77,7 @@ def deployed(
             yield f"http://{address}{file.route_prefix.rstrip('/')}"
         finally:
             report(Progress(phase="stopping"))
-            if cluster is None:
-                serve.shutdown()
-            else:
-                serve.delete(file.app_name)
+            serve.delete(file.app_name)
     finally:
         ray.shutdown()
 
@@ -108,7 +105,11 @@ def _join_ray(address: str) -> None:
     """The cluster that RAY_ADDRESS names, or that `ray start` runs on this machine."""
     try:
         ray.init(address=address, **_QUIET)
+        # Ray checks this for its nodes, but not for a program that joins; it would fail later, and obscurely.
+        metadata = ray._common.usage.usage_lib.get_cluster_metadata(ray._private.worker.global_worker.gcs_client)
+        ray._private.utils.check_version_info(metadata, "this machine")
     except (RuntimeError, ConnectionError, ValueError) as error:
+        ray.shutdown()
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot join the Ray cluster at {address}: {reason}") from error
 

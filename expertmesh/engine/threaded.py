@@ -217,7 +217,7 @@ class ThreadedEngine:
         except Exception as error:  # noqa: BLE001 - one step's failure must not reach the other requests
             _log.warning("a step of %d requests failed: %s", len(scheduled), _describe(error))
             for generation in scheduled:
-                self._fail(generation, str(error))
+                self._fail(generation, str(error), error)
             return
         for generation, choice in choices:
             self._accept(generation, choice)
@@ -232,9 +232,9 @@ class ThreadedEngine:
         if event.finish_reason is not None:
             self._batch.remove(generation)
 
-    def _fail(self, generation: Generation, error: str) -> None:
+    def _fail(self, generation: Generation, error: str, cause: BaseException | None = None) -> None:
         self._batch.remove(generation)
-        self._deliver(generation, _error_event(generation, error))
+        self._deliver(generation, _error_event(generation, error, cause))
 
     def _deliver(self, generation: Generation, event: TokenEvent) -> None:
         request_id = generation.request.request_id
@@ -260,8 +260,9 @@ class ThreadedEngine:
             self._scores.clear()
 
 
-def _error_event(generation: Generation, error: str) -> TokenEvent:
-    return TokenEvent(request_id=generation.request.request_id, finish_reason=FINISH_ERROR, error=error)
+def _error_event(generation: Generation, error: str, cause: BaseException | None = None) -> TokenEvent:
+    ours = cause if isinstance(cause, ExpertMeshError) else None
+    return TokenEvent(request_id=generation.request.request_id, finish_reason=FINISH_ERROR, error=error, cause=ours)
 
 
 def _describe(error: Exception) -> str:

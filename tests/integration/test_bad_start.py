@@ -102,7 +102,7 @@ def test_a_port_in_use(checkpoint: Path) -> None:
 OLD_RAY = """
 import json, sys, ray
 from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
-import ray._common.usage.constants as usage
+import ray._common.usage.usage_constants as usage
 context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 gcs = ray._private.worker.global_worker.gcs_client
 key = usage.CLUSTER_METADATA_KEY
@@ -123,6 +123,7 @@ def test_a_ray_cluster_of_another_version(checkpoint: Path) -> None:
         try:
             assert old.stdout is not None
             address = old.stdout.readline().strip()
+            assert address, "the old cluster did not start"
             message = refused(str(checkpoint), environment=os.environ | {"RAY_ADDRESS": address})
         finally:
             old.communicate("")
