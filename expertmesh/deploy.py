@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
+from ray._private.authentication import authentication_token_setup
 from ray.serve.schema import ApplicationStatus
 
 from expertmesh.app import build
@@ -103,6 +104,8 @@ def _start_ray(mesh: MeshConfig) -> None:
 
 def _join_ray(address: str) -> None:
     """The cluster that RAY_ADDRESS names, or that `ray start` runs on this machine."""
+    # `ray start` asks for the token of this machine's user when there is one; joining does not offer it by itself.
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, **_QUIET)
         # Ray checks this for its nodes, but not for a program that joins; it would fail later, and obscurely.

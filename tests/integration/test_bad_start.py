@@ -127,7 +127,7 @@ def test_a_ray_cluster_of_another_version(checkpoint: Path) -> None:
             message = refused(str(checkpoint), environment=os.environ | {"RAY_ADDRESS": address})
         finally:
             old.communicate("")
-    assert message.startswith(f"cannot join the Ray cluster at {address}: Version mismatch")
+    assert message.startswith(f"cannot join the Ray cluster at {address}: Version mismatch: ")
     assert "2.9.0" in message
 
 
