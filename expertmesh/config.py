@@ -86,7 +86,9 @@ class RouterSection(Section):
     @model_validator(mode="after")
     def _limits_agree(self) -> RouterSection:
         if self.max_batch_tokens < self.max_requests:
-            raise ValueError(f"max_batch_tokens: {self.max_batch_tokens} is less than max_requests, {self.max_requests}")
+            raise ValueError(
+                f"max_batch_tokens: {self.max_batch_tokens} is less than max_requests, {self.max_requests}"
+            )
         if self.kv_tokens < (self.max_context or 0):
             raise ValueError(f"kv_tokens: {self.kv_tokens} is less than max_context, {self.max_context}")
         return self

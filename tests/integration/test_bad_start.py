@@ -147,9 +147,7 @@ def start_error(path: Path, *, memory: str = "1GiB", min_replicas: int = 1) -> s
     """What the controller's start fails on, over two real host processes."""
 
     async def start(cluster: ProcessCluster) -> str | None:
-        config = MeshConfig(
-            model=str(path), pools=(PoolSection(hosts=2),), experts={"min_replicas": min_replicas}
-        )
+        config = MeshConfig(model=str(path), pools=(PoolSection(hosts=2),), experts={"min_replicas": min_replicas})
         controller = Controller(
             config,
             cluster,

@@ -44,7 +44,8 @@ def test_completions_equal_the_model_in_one_process(client: openai.OpenAI, whole
     for prompt in PROMPTS.values():
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0)
         assert answer.choices[0].text == greedy(whole, prompt, 24)
-        assert answer.usage is not None and answer.usage.completion_tokens <= 24
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens <= 24
 
 
 def test_streams_say_what_unstreamed_answers_say(client: openai.OpenAI) -> None:
@@ -81,7 +82,8 @@ def test_the_mesh_describes_itself(mesh: Served) -> None:
     hosts = httpx.get(f"{mesh.url}/mesh/hosts").json()
     placement = httpx.get(f"{mesh.url}/mesh/placement").json()
     load = httpx.get(f"{mesh.url}/mesh/load").json()["layers"]
-    assert len(hosts) == 2 and len({host["pid"] for host in hosts}) == 2
+    assert len(hosts) == 2
+    assert len({host["pid"] for host in hosts}) == 2
     assert {"id", "pool", "node", "pid", "slots", "replicas", "rate", "state"} <= set(hosts[0])
     assert sum(host["replicas"] for host in hosts) == sum(placement["num_experts"])
     assert [len(layer) for layer in load] == placement["num_experts"]
