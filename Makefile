@@ -31,7 +31,7 @@ check: $(INSTALLED)  ## formatting, lint, types, import rules, spelling
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell --skip "expertmesh/models/tiny,*_pb2*" expertmesh tests protos configs README.md CHANGELOG.md
+	$(BIN)/codespell --skip "expertmesh/models/tiny,*_pb2*" expertmesh protos configs README.md CHANGELOG.md
 
 lint: $(INSTALLED)  ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import httpx
 import typer
 
-from expertmesh.cli.console import stdout, steps_shown
+from expertmesh.cli.console import stderr, stdout, steps_shown
 from expertmesh.cli.heatmap import busiest, draw
 from expertmesh.cli.status import fetch, status
 
@@ -59,7 +59,7 @@ def demo(
             say(draw(layers, title=domain))
         _tell_difference(used)
     finally:
-        with steps_shown() as show:
+        with stderr.status("stopping"):
             mesh.__exit__(None, None, None)
     say("\nStopped: no process is left. Next: [bold]expertmesh serve tiny[/], and the README.")
 

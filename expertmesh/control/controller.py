@@ -116,6 +116,7 @@ class Controller:
         wanted = [(HostId(f"{pool.name}-{i}"), pool) for pool in self._config.pools for i in range(pool.hosts)]
         self.start_up = StartUp(phase="starting hosts", total=len(wanted))
         slots = await asyncio.gather(*(self._start_host(host, pool, configuration) for host, pool in wanted))
+        self._hosts = {host: self._hosts[host] for host, _ in wanted}  # they came in any order
         inventory = [Inventory(host=host, slots=n) for (host, _), n in zip(wanted, slots, strict=True)]
         replicas = spread(configuration, inventory, self._config.experts.min_replicas)
 

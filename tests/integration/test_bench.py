@@ -1,0 +1,35 @@
+"""The benches run, and what they report can be trusted: a short form of what `make bench` does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from tests.integration.served import command_line, free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def bench(*arguments: str) -> dict:
+    command = command_line("bench", *arguments, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_clients_stream_without_an_error_and_nothing_is_left_behind() -> None:
+    report = bench("serve", "--clients", "8", "--seconds", "5", "--tokens", "24", "--port", str(free_port()))
+    assert report["requests"] >= 8
+    assert (report["errors"], report["first_errors"], report["left_behind"]) == (0, [], 0)
+    assert 0 < report["time_to_first_token_ms"]["p50"] < 10_000
+    assert report["growth_under_load"]["threads"] <= 4
+    assert report["growth_under_load"]["descriptors"] <= 8
+
+
+def test_the_exchange_is_compared_with_both_baselines_in_one_run() -> None:
+    report = bench("exchange", "--rounds", "4")
+    assert set(report["milliseconds"]) == {"exchange", "bare gRPC stream", "Ray actor calls"}
+    assert report["exchange_over_bare"]["median"] > 0.9
+    assert report["environment"]["command"] == "expertmesh bench exchange --json"
