@@ -37,6 +37,8 @@ class LayerTable:
     num_replicas_E: NDArray[np.int64]
     host_EM: NDArray[np.int64]
     """Indices into `Placement.hosts`; unused entries are 0."""
+    is_complete: bool
+    """Whether every expert has a replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Placement:
             table = np.zeros((num_experts, max(1, int(counts.max(initial=0)))), dtype=np.int64)
             for index, hosts in enumerate(of_expert):
                 table[index, : len(hosts)] = [position[host] for host in hosts]
-            tables.append(LayerTable(counts, table))
+            tables.append(LayerTable(counts, table, bool(counts.all())))
         return tuple(tables)
 
     def without(self, hosts: Collection[HostId]) -> Placement:

@@ -43,7 +43,7 @@ class HostPart:
 def make_dispatch_plan(
     placement: Placement, layer: int, expert_P: NDArray[np.int64], num_choices: int, pairs: NDArray[np.int64]
 ) -> list[HostPart]:
-    """Plan where `pairs` (indices into `expert_P`, the chosen expert of every pair) are computed.
+    """Plan where `pairs` (indices into `expert_P`, the chosen expert of every pair, in any order) are computed.
 
     An expert's pairs are split over its replicas in equal contiguous runs, in the placement's order. `num_choices`
     is K. Raises NoReadyReplicaError when a wanted expert has no replica.
@@ -51,13 +51,12 @@ def make_dispatch_plan(
     table = placement.layers[layer]
     num_experts = len(table.num_replicas_E)
     expert = expert_P[pairs]
-    replicas = table.num_replicas_E[expert]
-    if not replicas.all():
+    if not table.is_complete and not (replicas := table.num_replicas_E[expert]).all():
         raise NoReadyReplicaError(ExpertId(layer, int(expert[np.argmin(replicas)])))
     if table.host_EM.shape[1] == 1:
         host = table.host_EM[expert, 0]
     else:
-        host = table.host_EM[expert, _choose_replica(expert, replicas, num_experts)]
+        host = table.host_EM[expert, _choose_replica(expert, table.num_replicas_E[expert], num_experts)]
 
     # One stable sort brings the pairs of a host, and in it those of an expert, together and keeps tokens ascending.
     # From here on, plain loops over the few runs beat one more array operation at a time.

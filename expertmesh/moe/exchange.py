@@ -91,8 +91,10 @@ class Exchange:
         weighted nor summed. Raises NoReadyReplicaError, ReplicaFailedError or DeadlineExceededError.
         """
         num_tokens, num_choices = index_TK.shape
+        if num_tokens == 0:
+            return x_TH.new_empty(0, num_choices, x_TH.shape[1])
         x = x_TH.contiguous()
-        x_TB = x.view(torch.uint8).numpy() if num_tokens else np.empty((0, x.element_size() * x.shape[1]), np.uint8)
+        x_TB = x.view(torch.uint8).numpy()
         rows = _Rows(
             layer=layer,
             dtype=str(x.dtype).removeprefix("torch."),

@@ -66,11 +66,11 @@ def decode_request(message: pb.ExchangeRequest, configuration: HostConfiguration
         raise ProtocolError(f"{num_pairs} pairs: their answer would exceed {MAX_MESSAGE_BYTES:,} bytes")
     if len(message.pair_rows) != 4 * num_pairs:
         raise ProtocolError(f"pair_rows has {len(message.pair_rows)} bytes: {num_pairs} pairs take {4 * num_pairs}")
-    pair_rows = np.frombuffer(message.pair_rows, dtype="<i4")
-    if pair_rows.min() < 0 or pair_rows.max() >= message.num_rows:
+    pair_rows = np.frombuffer(message.pair_rows, dtype="<u4")  # a negative index reads as a huge one
+    if pair_rows.max() >= message.num_rows:
         raise ProtocolError(f"pair_rows: each must be in 0 to {message.num_rows - 1}")
     rows = np.frombuffer(message.rows, dtype=np.uint8).reshape(message.num_rows, row_bytes)
-    return LayerRequest(message.layer, dtype, rows, pair_rows, experts, counts)
+    return LayerRequest(message.layer, dtype, rows, pair_rows.view(np.int32), experts, counts)
 
 
 def encode_reply(request_id: int, reply: LayerReply) -> pb.ExchangeReply:

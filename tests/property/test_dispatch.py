@@ -30,7 +30,7 @@ def cases(draw: st.DrawFn) -> tuple[Placement, np.ndarray, int, np.ndarray]:
     num_tokens = draw(st.integers(1, 12))
     size = num_tokens * num_choices
     experts = draw(st.lists(st.integers(0, placement.num_experts[0] - 1), min_size=size, max_size=size))
-    pairs = draw(st.lists(st.integers(0, size - 1), min_size=1, unique=True).map(sorted))
+    pairs = draw(st.lists(st.integers(0, size - 1), min_size=1, unique=True))
     return placement, np.array(experts), num_choices, np.array(pairs)
 
 
@@ -38,7 +38,7 @@ def cases(draw: st.DrawFn) -> tuple[Placement, np.ndarray, int, np.ndarray]:
 def test_every_pair_is_in_exactly_one_part_and_reaches_its_expert(case) -> None:
     placement, expert_P, num_choices, pairs = case
     parts = make_dispatch_plan(placement, 0, expert_P, num_choices, pairs)
-    assert sorted(np.concatenate([part.pairs for part in parts])) == pairs.tolist()
+    assert sorted(np.concatenate([part.pairs for part in parts])) == sorted(pairs)
     assert len({part.host.id for part in parts}) == len(parts)
     for part in parts:
         wanted = np.repeat(part.experts, part.counts)
