@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertmesh.allocator import FORWARD_BYTES, keep_freed_memory
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from multiprocessing.connection import Connection
@@ -73,6 +75,7 @@ class SideProcess:
 
 def _measure(side: Side, orders: Connection) -> None:
     """A side's process: obeys until its pipe is closed."""
+    keep_freed_memory(FORWARD_BYTES)  # as routers do; it helps every side
     torch.set_num_threads(1)
 
     def obey() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import httpx
 import typer
 
-from expertmesh.cli.console import stderr, stdout, steps_shown
+from expertmesh.cli.console import stdout, steps_shown
 from expertmesh.cli.heatmap import busiest, draw
 from expertmesh.cli.status import fetch, status
 
@@ -35,33 +36,32 @@ def demo(
     say("[bold]expertmesh[/] serves a Mixture-of-Experts model with its experts in processes of their own.\n")
     say("Starting Ray, one router (the dense model) and two hosts (the experts) on this machine.")
     file = for_model("tiny", hosts=2, min_replicas=1, dtype="float32")
-    with steps_shown() as show:
-        mesh = deployed(file, port=port, report=show)
-        url = mesh.__enter__()
-    try:
+    with contextlib.ExitStack() as stack:
+        with steps_shown() as show:
+            url = stack.enter_context(deployed(file, port=port, report=show))
         say(f"Ready at [bold]{url}[/], an OpenAI-compatible server:\n")
         status(url)
-        used: dict[str, list[list[int]]] = {}
-        for domain, prompt in PROMPTS.items():
-            say(f"\n[bold]{domain}[/]: a completion, streamed token by token")
-            before = fetch(url, "/mesh/load")["layers"]
-            started, count = time.perf_counter(), 0
-            say(f"[dim]{_escaped(prompt)}[/]", end="", highlight=False)
-            for text in stream(url, prompt):
-                stdout.out(text, end="", highlight=False)
-                count += 1
-            took_s = time.perf_counter() - started
-            say(f"\n[dim]{count} pieces in {took_s:.1f} s[/]")
-            after = fetch(url, "/mesh/load")["layers"]
-            used[domain] = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
+        used = {domain: _complete(url, domain, prompt) for domain, prompt in PROMPTS.items()}
         say("\nEvery token chose its experts at every layer. These fired (bright is busy):\n")
         for domain, layers in used.items():
             say(draw(layers, title=domain))
         _tell_difference(used)
-    finally:
-        with stderr.status("stopping"):
-            mesh.__exit__(None, None, None)
     say("\nStopped: no process is left. Next: [bold]expertmesh serve tiny[/], and the README.")
+
+
+def _complete(url: str, domain: str, prompt: str) -> list[list[int]]:
+    """Stream a completion to the terminal: the load that it put on each layer's experts."""
+    stdout.print(f"\n[bold]{domain}[/]: a completion, streamed token by token")
+    before = fetch(url, "/mesh/load")["layers"]
+    started, count = time.perf_counter(), 0
+    stdout.print(f"[dim]{_escaped(prompt)}[/]", end="", highlight=False)
+    for text in stream(url, prompt):
+        stdout.out(text, end="", highlight=False)
+        count += 1
+    took_s = time.perf_counter() - started
+    stdout.print(f"\n[dim]{count} pieces in {took_s:.1f} s[/]")
+    after = fetch(url, "/mesh/load")["layers"]
+    return [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)]
 
 
 def stream(url: str, prompt: str) -> Iterator[str]:

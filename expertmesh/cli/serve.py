@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from pathlib import Path
@@ -45,15 +46,11 @@ def serve(
     else:
         file = for_model(target, hosts=hosts or 2, min_replicas=min_replicas or 1, dtype=dtype)
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with steps_shown() as show:
-        mesh = deployed(file, port=port, report=show)
-        url = mesh.__enter__()
-    try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a start that is under way, as Ctrl-C does
+    with contextlib.ExitStack() as stack:
+        with steps_shown() as show:
+            url = stack.enter_context(deployed(file, port=port, report=show))
         stdout.print(f"ready {url}", soft_wrap=True, highlight=False)
-        stop.wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
         stderr.print("draining", style="dim")
-    finally:
-        mesh.__exit__(None, None, None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ByteSize, TypeAdapter
 
+from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
 from expertmesh.errors import ExpertMeshError
 from expertmesh.hosts.host import Host, MakeKernel
 from expertmesh.hosts.process import TOKEN_VARIABLE, HostServer, available_memory
@@ -36,6 +37,7 @@ def main(make: MakeKernel = make_kernel, prepare: Callable[[Host], None] | None 
     if not token:
         parser.error(f"set {TOKEN_VARIABLE} to the token that routers will send")
 
+    keep_freed_memory(LAUNCH_BYTES)
     torch.set_num_threads(arguments.threads)
     memory = TypeAdapter(ByteSize).validate_python(arguments.memory) if arguments.memory else None
     host = Host(memory or available_memory(arguments.device), arguments.device, make)

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 
+from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
 from expertmesh.hosts.host import Host
 from expertmesh.hosts.process import HostServer, available_memory
 
@@ -22,6 +23,7 @@ class HostActor:
         self, *, token: str, device: str, memory_bytes: int | None, memory_share: float, threads: int, loopback: bool
     ) -> None:
         """`memory_bytes` None takes `memory_share` of what is free. `loopback` listens to this machine only."""
+        keep_freed_memory(LAUNCH_BYTES)
         torch.set_num_threads(threads)
         address = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         memory = memory_bytes or int(available_memory(device) * memory_share)

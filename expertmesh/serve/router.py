@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from expertmesh.allocator import FORWARD_BYTES, keep_freed_memory
 from expertmesh.backbone import load_backbone
 from expertmesh.checkpoint.source import resolve
 from expertmesh.engine import EngineConfig, make_engine
@@ -29,6 +30,7 @@ class Router:
     """Runs one copy of the dense model against the hosts of a placement. Loading it takes seconds; it blocks."""
 
     def __init__(self, config: MeshConfig, placement: Placement, token: str) -> None:
+        keep_freed_memory(FORWARD_BYTES)
         path = resolve(config.model)
         section = config.router
         backbone = load_backbone(path, dtype=config.dtype)
