@@ -51,9 +51,7 @@ def for_model(model: str, *, hosts: int, min_replicas: int, dtype: str | None) -
 
 
 @contextlib.contextmanager
-def deployed(
-    file: ServeFile, *, host: str | None = None, port: int | None = None, report: Callable[[Progress], None]
-) -> Iterator[str]:
+def deployed(file: ServeFile, *, port: int | None = None, report: Callable[[Progress], None]) -> Iterator[str]:
     """The base URL of the mesh, which is drained and stopped on leaving; so is Ray, if this started it.
 
     Raises ConfigError or CheckpointError, with nothing left running, when it cannot come up.
@@ -62,7 +60,7 @@ def deployed(
     # A model that is not all there is better told of before minutes are spent on a cluster.
     stored_tensors(resolve(file.mesh.model))
     options = file.serve.get("http_options") or {}
-    listen = host or options.get("host") or "127.0.0.1", port or options.get("port") or 8000
+    listen = options.get("host") or "127.0.0.1", port or options.get("port") or 8000
     cluster = ray._private.services.canonicalize_bootstrap_address(None)
     if cluster is None:
         _check_port(*listen)

@@ -57,6 +57,11 @@ class ExpertSpec:
         return weights | {"b_in": (self.rows_in,), "b_out": (self.hidden,)} if self.bias else weights
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def num_parameters(self) -> int:
         weights = self.hidden * (self.rows_in + self.intermediate)
         return weights + (self.rows_in + self.hidden if self.bias else 0)
@@ -64,7 +69,7 @@ class ExpertSpec:
     @property
     def num_bytes(self) -> int:
         """Bytes of one expert's weights in the spec's dtype. What its slot takes on a device is `slot_bytes`."""
-        return self.num_parameters * (4 if self.dtype == "float32" else 2)
+        return self.num_parameters * self.itemsize
 
 
 class ExpertWeights(NamedTuple):

@@ -23,11 +23,6 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 """Of one message, in either direction; larger ones are refused by gRPC before they are read."""
 
 
-def itemsize(dtype: str) -> int:
-    """Bytes of one element."""
-    return 4 if dtype == "float32" else 2
-
-
 def encode_request(request_id: int, request: LayerRequest) -> pb.ExchangeRequest:
     return pb.ExchangeRequest(
         id=request_id,
@@ -49,7 +44,7 @@ def decode_request(message: pb.ExchangeRequest, configuration: HostConfiguration
     dtype = _FROM_DTYPE.get(message.dtype)
     if dtype != spec.dtype:
         raise ProtocolError(f"dtype {dtype or message.dtype}: the experts of layer {message.layer} take {spec.dtype}")
-    row_bytes = spec.hidden * itemsize(dtype)
+    row_bytes = spec.hidden * spec.itemsize
     if message.num_rows == 0 or len(message.rows) != message.num_rows * row_bytes:
         raise ProtocolError(
             f"rows has {len(message.rows)} bytes: {message.num_rows} rows of {spec.hidden} x {dtype} "
