@@ -21,13 +21,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@dataclass(frozen=True, slots=True)
+class TimeModel:
+    """How long a host takes, as measured: a launch of n rows needs launch_s + n * row_s seconds."""
+
+    launch_s: float = 0.0
+    row_s: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostInfo:
-    """What a router must know of a host to reach it."""
+    """What a router must know of a host to use it."""
 
     id: HostId
     address: str
     """host:port of its gRPC service."""
+    time_model: TimeModel = TimeModel()
+    """Until measured, all hosts are taken to be alike."""
 
 
 @dataclass(frozen=True, slots=True)
