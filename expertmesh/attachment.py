@@ -14,7 +14,7 @@ from expertmesh.hosts.process import TOKEN_VARIABLE
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.layer import MoeLayer
 from expertmesh.placement import Placement
-from expertmesh.transport.grpc_transport import GrpcTransport
+from expertmesh.transport.network import NetworkTransport
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,7 +40,7 @@ def attach(model: Any, address: str, *, token: str | None = None) -> Attachment:
             f"model: it has {list(backbone.num_experts)} experts per MoE layer, the mesh at {address} "
             f"{list(placement.num_experts)}; attach the model that the mesh serves"
         )
-    exchange = Exchange(GrpcTransport(token), placement)
+    exchange = Exchange(NetworkTransport(token), placement)
     backbone.connect([MoeLayer(exchange, layer) for layer in range(len(placement.num_experts))])
     return Attachment(exchange, address)
 

@@ -36,6 +36,8 @@ class HostInfo:
     id: HostId
     address: str
     """host:port of its gRPC service."""
+    socket: str = ""
+    """Name of its local socket, for routers on the same machine; "" when it has none."""
     time_model: TimeModel = TimeModel()
     """Until measured, all hosts are taken to be alike."""
 
@@ -47,6 +49,8 @@ class LayerTable:
     num_replicas_E: NDArray[np.int64]
     host_EM: NDArray[np.int64]
     """Indices into `Placement.hosts`; unused entries are 0."""
+    key_EM: NDArray[np.int64]
+    """host * E + expert: one number for a replica."""
     is_complete: bool
     """Whether every expert has a replica."""
 
@@ -76,7 +80,8 @@ class Placement:
             table = np.zeros((num_experts, max(1, int(counts.max(initial=0)))), dtype=np.int64)
             for index, hosts in enumerate(of_expert):
                 table[index, : len(hosts)] = [position[host] for host in hosts]
-            tables.append(LayerTable(counts, table, bool(counts.all())))
+            keys = table * num_experts + np.arange(num_experts)[:, None]
+            tables.append(LayerTable(counts, table, keys, bool(counts.all())))
         return tuple(tables)
 
     def without(self, hosts: Collection[HostId]) -> Placement:
@@ -92,13 +97,18 @@ class Placement:
         for expert in sorted(self.replicas):
             for host in self.replicas[expert]:
                 held[host].append([expert.layer, expert.index])
-        hosts = [{"id": host.id, "address": host.address, "experts": held[host.id]} for host in self.hosts]
+        hosts = [
+            {"id": host.id, "address": host.address, "socket": host.socket, "experts": held[host.id]}
+            for host in self.hosts
+        ]
         return {"epoch": self.epoch, "num_experts": list(self.num_experts), "hosts": hosts}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Placement:
         """The inverse of `to_json` (replicas come in the order of hosts)."""
-        hosts = tuple(HostInfo(id=HostId(host["id"]), address=host["address"]) for host in value["hosts"])
+        hosts = tuple(
+            HostInfo(id=HostId(host["id"]), address=host["address"], socket=host["socket"]) for host in value["hosts"]
+        )
         replicas: dict[ExpertId, tuple[HostId, ...]] = {}
         for host in value["hosts"]:
             for layer, index in host["experts"]:

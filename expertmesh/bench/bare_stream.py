@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import uvloop
 
-from expertmesh.transport.grpc_transport import CHANNEL_OPTIONS, SERVER_OPTIONS
+from expertmesh.transport.grpc_link import CHANNEL_OPTIONS, SERVER_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

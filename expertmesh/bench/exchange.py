@@ -1,7 +1,8 @@
 """`expertmesh bench exchange`: what one exchange costs above the bytes that it moves.
 
-32 tokens of 1,024 bfloat16 go to 2 host processes whose experts only echo, against a bare held-open gRPC stream that
-echoes the same bytes to 2 processes, and against Ray actor calls that do the same.
+32 tokens of 1,024 bfloat16 go to 2 host processes of this machine whose experts only echo: as the product does it, by
+local sockets, and over gRPC, as it does between machines. Against a bare held-open gRPC stream that echoes the same
+bytes to 2 processes, and against Ray actor calls that do the same.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from expertmesh.hosts.process import HostProcess
 from expertmesh.ids import ExpertId, HostId
 from expertmesh.moe.exchange import Exchange
 from expertmesh.placement import HostInfo, Placement
-from expertmesh.transport.grpc_transport import GrpcTransport
+from expertmesh.transport.network import NetworkTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 NUM_HOSTS = 2
 NUM_TOKENS = 32
-EXCHANGE, BARE, RAY = "exchange", "bare gRPC stream", "Ray actor calls"
+EXCHANGE, OVER_GRPC, BARE, RAY = "exchange", "exchange over gRPC", "bare gRPC stream", "Ray actor calls"
 
 
 def run(*, rounds: int = 40, calls: int = 25) -> dict[str, Any]:
-    """Measure all three sides: a JSON-able report with times in milliseconds."""
-    seconds = alternate({EXCHANGE: _exchange, BARE: _bare, RAY: _ray_actors}, rounds=rounds, calls=calls)
+    """Measure all sides: a JSON-able report with times in milliseconds."""
+    sides = {EXCHANGE: _exchange, OVER_GRPC: _exchange_over_grpc, BARE: _bare, RAY: _ray_actors}
+    seconds = alternate(sides, rounds=rounds, calls=calls)
     milliseconds = {name: Spread.of([1e3 * s for s in of]).to_json(4) for name, of in seconds.items()}
     return {
         "bench": "exchange",
@@ -44,6 +47,7 @@ def run(*, rounds: int = 40, calls: int = 25) -> dict[str, Any]:
         "calls_per_round": calls,
         "milliseconds": milliseconds,
         "exchange_over_bare": ratios(seconds[EXCHANGE], seconds[BARE]).to_json(3),
+        "exchange_over_grpc_over_bare": ratios(seconds[OVER_GRPC], seconds[BARE]).to_json(3),
         "ray_over_exchange": ratios(seconds[RAY], seconds[EXCHANGE]).to_json(3),
         "environment": environment("expertmesh bench exchange --json"),
     }
@@ -53,8 +57,16 @@ def _rows() -> torch.Tensor:
     return torch.randn(NUM_TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+def _exchange() -> AbstractContextManager[Callable[[], object]]:
+    return _echoed(local_sockets=True)
+
+
+def _exchange_over_grpc() -> AbstractContextManager[Callable[[], object]]:
+    return _echoed(local_sockets=False)
+
+
 @contextlib.contextmanager
-def _exchange() -> Iterator[Callable[[], object]]:
+def _echoed(*, local_sockets: bool) -> Iterator[Callable[[], object]]:
     """Token t wants both experts, and each host holds one: every row goes to each host and comes back once."""
     x = _rows()
     token = secrets.token_urlsafe()
@@ -62,14 +74,17 @@ def _exchange() -> Iterator[Callable[[], object]]:
         processes = [
             stack.enter_context(HostProcess(token, module="expertmesh.bench.echo_host")) for _ in range(NUM_HOSTS)
         ]
-        hosts = tuple(HostInfo(id=HostId(f"echo-{i}"), address=p.address) for i, p in enumerate(processes))
+        hosts = tuple(
+            HostInfo(id=HostId(f"echo-{i}"), address=process.address, socket=process.socket)
+            for i, process in enumerate(processes)
+        )
         placement = Placement(
             epoch=1,
             hosts=hosts,
             num_experts=CONFIGURATION.layer_experts,
             replicas={ExpertId(0, i): (host.id,) for i, host in enumerate(hosts)},
         )
-        exchange = Exchange(GrpcTransport(token), placement)
+        exchange = Exchange(NetworkTransport(token, local_sockets=local_sockets), placement)
         stack.callback(exchange.close)
         index = torch.arange(NUM_HOSTS).expand(len(x), NUM_HOSTS).contiguous()
         assert torch.equal(exchange.run(0, x, index), x.unsqueeze(1).expand(-1, NUM_HOSTS, -1))

@@ -47,7 +47,8 @@ def main(make: MakeKernel = make_kernel, prepare: Callable[[Host], None] | None 
         server = HostServer(host, token, bind=arguments.bind, port=arguments.port)
     except ExpertMeshError as error:
         parser.error(str(error))
-    sys.stdout.write(json.dumps({"address": server.address, "process_id": os.getpid()}) + "\n")
+    ready = {"address": server.address, "socket": server.socket, "process_id": os.getpid()}
+    sys.stdout.write(json.dumps(ready) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
     server.close()

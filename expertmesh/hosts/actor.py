@@ -30,9 +30,10 @@ class HostActor:
         self._server = HostServer(Host(memory, device), token, bind=address)
 
     def describe(self) -> dict[str, Any]:
-        """Where it is: address, Ray node, process."""
+        """Where it is: address, local socket, Ray node, process."""
         return {
             "address": self._server.address,
+            "socket": self._server.socket,
             "node": ray.get_runtime_context().get_node_id(),
             "process_id": os.getpid(),
         }

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from expertmesh.hosts.host import Work
     from expertmesh.transport import LayerReply
 
+    Done = Callable[[LayerReply | Exception], None]
+
 
 class Batcher:
     """Collects work until the event loop has read all that is there, then computes it at once.
@@ -21,26 +23,21 @@ class Batcher:
 
     def __init__(self, compute: Callable[[Sequence[Work]], list[LayerReply]]) -> None:
         self._compute = compute
-        self._waiting: list[tuple[Work, asyncio.Future[LayerReply]]] = []
+        self._waiting: list[tuple[Work, Done]] = []
 
-    async def submit(self, work: Work) -> LayerReply:
-        """The answer to `work`. Raises what the launch raised."""
-        loop = asyncio.get_running_loop()
+    def submit(self, work: Work, done: Done) -> None:
+        """Compute `work` soon; `done` gets its answer, or what the launch raised."""
         if not self._waiting:
-            loop.call_soon(self._flush)
-        answer: asyncio.Future[LayerReply] = loop.create_future()
-        self._waiting.append((work, answer))
-        return await answer
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.append((work, done))
 
     def _flush(self) -> None:
         batch, self._waiting = self._waiting, []
         try:
             replies = self._compute([work for work, _ in batch])
         except Exception as error:  # noqa: BLE001 - whatever a launch raises belongs to those who wait for it
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(error)
+            for _, done in batch:
+                done(error)
             return
-        for (_, answer), reply in zip(batch, replies, strict=True):
-            if not answer.done():  # else the router has gone
-                answer.set_result(reply)
+        for (_, done), reply in zip(batch, replies, strict=True):
+            done(reply)

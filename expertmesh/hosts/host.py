@@ -17,7 +17,6 @@ import torch
 from expertmesh.errors import ConfigError
 from expertmesh.hosts.slots import SlotPool
 from expertmesh.hosts.statistics import HostStatistics
-from expertmesh.ids import ExpertId
 from expertmesh.kernels import make_kernel, slot_bytes
 from expertmesh.transport import LayerReply, LayerRequest
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from expertmesh.hosts.configuration import HostConfiguration
+    from expertmesh.ids import ExpertId
     from expertmesh.kernels import ExpertKernel
     from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
 
@@ -43,7 +43,7 @@ class Work:
 
     request: LayerRequest
     pool: int
-    slots: NDArray[np.int64]
+    slots: list[int]
     """[e] the slot of each expert of the request."""
 
 
@@ -102,15 +102,14 @@ class Host:
     def prepare(self, request: LayerRequest) -> Work:
         """Find the slots that a request needs. Raises NotHeldError."""
         assert self.configuration is not None
-        experts = [ExpertId(request.layer, index) for index in request.experts]
-        slots = self._pool(request.layer).slots_of(experts)
-        return Work(request, self.configuration.layer_specs[request.layer], slots)
+        pool = self.configuration.layer_specs[request.layer]
+        return Work(request, pool, self._pools[pool].slots_of(request.layer, request.experts))
 
     def compute(self, works: Sequence[Work]) -> list[LayerReply]:
         """Answer all of `works`, in order, with one launch per pool that they need."""
         pools = {work.pool for work in works}
         if len(pools) == 1:
-            return self._launch(self._pools[pools.pop()], works)
+            return self._launch(self._pools[works[0].pool], works)
         replies: dict[int, LayerReply] = {}
         for pool in pools:
             chosen = [i for i, work in enumerate(works) if work.pool == pool]
@@ -119,7 +118,8 @@ class Host:
 
     def _launch(self, pool: SlotPool, works: Sequence[Work]) -> list[LayerReply]:
         x_TB, row_P, slot_P = _joined(works)
-        by_slot = None if (slot_P[1:] >= slot_P[:-1]).all() else np.argsort(slot_P, kind="stable")
+        # The pairs of one request come grouped by expert; those of several may share some.
+        by_slot = np.argsort(slot_P, kind="stable") if len(works) > 1 else None
         if by_slot is not None:
             row_P, slot_P = row_P[by_slot], slot_P[by_slot]
 
@@ -129,13 +129,14 @@ class Host:
         took_s = time.perf_counter() - started
 
         y_PB = y_PH.view(torch.uint8).numpy()
-        if by_slot is not None:
-            y_PB = y_PB[np.argsort(by_slot, kind="stable")]
         for work in works:
             pool.count(work.slots, work.request.counts)
         self._launches += 1
         self._rows += len(row_P)
         self._busy_s += took_s
+        if by_slot is None:
+            return [LayerReply(y_PB, took_s)]
+        y_PB = y_PB[np.argsort(by_slot, kind="stable")]
         ends = itertools.accumulate(len(work.request.pair_rows) for work in works)
         return [LayerReply(y_PB[start:end], took_s) for start, end in itertools.pairwise([0, *ends])]
 
@@ -152,10 +153,14 @@ class Host:
 
 def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
     """The rows of all works one after the other, and for each pair its row there and its slot."""
+    if len(works) == 1:
+        request = works[0].request
+        rows = request.rows if request.rows.flags.writeable else request.rows.copy()  # torch takes no other
+        return rows, request.pair_rows.astype(np.int64), np.repeat(works[0].slots, request.counts)
     x_TB = np.concatenate([work.request.rows for work in works])
     starts = itertools.accumulate((len(work.request.rows) for work in works[:-1]), initial=0)
     row_P = np.concatenate(
         [np.add(work.request.pair_rows, start, dtype=np.int64) for work, start in zip(works, starts, strict=True)]
     )
-    slot_P = np.concatenate([work.slots.repeat(work.request.counts) for work in works])
+    slot_P = np.concatenate([np.repeat(work.slots, work.request.counts) for work in works])
     return x_TB, row_P, slot_P

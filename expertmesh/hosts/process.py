@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expertmesh.hosts.service import start_server
+from expertmesh.hosts.service import RunningServer
 from expertmesh.transport.loop import LoopThread
 
 if TYPE_CHECKING:
@@ -32,16 +32,17 @@ class HostServer:
         """
         self._thread = LoopThread("expertmesh-host")
         try:
-            self._server, bound = self._thread.run(start_server(host, token, bind, port))
+            self._server = self._thread.run(RunningServer.start(host, token, bind, port))
         except BaseException:
             self._thread.close()
             raise
-        self.address = f"{advertise or bind}:{bound}"
+        self.address = f"{advertise or bind}:{self._server.port}"
+        self.socket = self._server.socket
 
     def close(self) -> None:
         """End the streams and free the port. Idempotent."""
         if not self._thread.is_closed:
-            self._thread.run(self._server.stop(grace=0))
+            self._thread.run(self._server.stop())
             self._thread.close()
 
 
@@ -59,6 +60,7 @@ class HostProcess:
         if "address" not in ready:
             raise RuntimeError(f"a host process ended before it was ready: {' '.join(command)}")
         self.address: str = ready["address"]
+        self.socket: str = ready["socket"]
         self.pid = self._process.pid
 
     def kill(self) -> None:

@@ -6,6 +6,7 @@ Errors become gRPC status codes, or error replies on the exchange stream, here a
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import logging
 import os
@@ -17,11 +18,13 @@ from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostServicer, add_HostServicer_to_server
 from expertmesh.checkpoint.read import read_expert
 from expertmesh.checkpoint.source import resolve
-from expertmesh.errors import CheckpointError, ConfigError, NotHeldError, OutOfSlotsError, ProtocolError
-from expertmesh.hosts.batcher import Batcher
+from expertmesh.errors import CheckpointError, ConfigError, OutOfSlotsError, ProtocolError
+from expertmesh.hosts.local_socket import LocalSocket
+from expertmesh.hosts.rows import RowService
 from expertmesh.ids import ExpertId
 from expertmesh.transport import codec
-from expertmesh.transport.grpc_transport import SERVER_OPTIONS
+from expertmesh.transport.grpc_link import SERVER_OPTIONS
+from expertmesh.transport.socket_link import listen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -37,35 +40,23 @@ T = TypeVar("T")
 class HostService(HostServicer):
     """Serves one host on one event loop, which is also where it computes."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, rows: RowService) -> None:
         self._host = host
-        self._batcher = Batcher(host.compute)
+        self._rows = rows
         self._root: Path | None = None
-        self._streams = 0
 
     async def Exchange(
         self, requests: AsyncIterator[pb.ExchangeRequest], _context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.ExchangeReply]:
-        self._streams += 1
+        loop = asyncio.get_running_loop()
+        self._rows.connections += 1
         try:
             async for message in requests:
-                yield await self._answer(message)
+                reply: asyncio.Future[pb.ExchangeReply] = loop.create_future()
+                self._rows.submit(message, functools.partial(_set, reply))
+                yield await reply
         finally:
-            self._streams -= 1
-
-    async def _answer(self, message: pb.ExchangeRequest) -> pb.ExchangeReply:
-        try:
-            if self._host.configuration is None:
-                return _error_reply(message.id, pb.Error.NOT_READY, "the host is not configured yet")
-            work = self._host.prepare(codec.decode_request(message, self._host.configuration))
-            return codec.encode_reply(message.id, await self._batcher.submit(work))
-        except ProtocolError as error:
-            return _error_reply(message.id, pb.Error.INVALID, str(error))
-        except NotHeldError as error:
-            return _error_reply(message.id, pb.Error.NOT_READY, str(error))
-        except Exception as error:
-            logger.exception("a launch failed")
-            return _error_reply(message.id, pb.Error.FAILED, f"{type(error).__name__}: {error}")
+            self._rows.connections -= 1
 
     async def Configure(
         self, message: pb.ConfigureRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -111,7 +102,7 @@ class HostService(HostServicer):
             launches=statistics.launches,
             rows=statistics.rows,
             busy_s=statistics.busy_s,
-            streams=self._streams,
+            streams=self._rows.connections,
             process_id=os.getpid(),
         )
 
@@ -124,8 +115,9 @@ class HostService(HostServicer):
         return ExpertId(layer, index)
 
 
-def _error_reply(request_id: int, code: pb.Error.Code, message: str) -> pb.ExchangeReply:
-    return pb.ExchangeReply(id=request_id, error=pb.Error(code=code, message=message))
+def _set(future: asyncio.Future[T], result: T) -> None:
+    if not future.cancelled():  # the router has gone
+        future.set_result(result)
 
 
 _STATUS = (
@@ -168,13 +160,33 @@ class _TokenCheck(grpc.aio.ServerInterceptor):
         return self._refuse
 
 
-async def start_server(host: Host, token: str, bind: str = "127.0.0.1", port: int = 0) -> tuple[grpc.aio.Server, int]:
-    """Serve `host` at once: the server and its port. Raises ConfigError when the port is taken."""
-    server = grpc.aio.server(interceptors=(_TokenCheck(token),), options=SERVER_OPTIONS)
-    add_HostServicer_to_server(HostService(host), server)
-    try:
-        bound = server.add_insecure_port(f"{bind}:{port}")
-    except RuntimeError as error:
-        raise ConfigError(f"port {port} on {bind} cannot be bound; is it in use?") from error
-    await server.start()
-    return server, bound
+class RunningServer:
+    """A host's service, reachable over gRPC and, on its own machine, over a local socket."""
+
+    def __init__(self, server: grpc.aio.Server, port: int, local: LocalSocket | None, socket: str) -> None:
+        self._server = server
+        self._local = local
+        self.port = port
+        self.socket = socket
+
+    @staticmethod
+    async def start(host: Host, token: str, bind: str = "127.0.0.1", port: int = 0) -> RunningServer:
+        """Serve `host` at once. Raises ConfigError when the port is taken."""
+        rows = RowService(host)
+        server = grpc.aio.server(interceptors=(_TokenCheck(token),), options=SERVER_OPTIONS)
+        add_HostServicer_to_server(HostService(host, rows), server)
+        try:
+            bound = server.add_insecure_port(f"{bind}:{port}")
+        except RuntimeError as error:
+            raise ConfigError(f"port {port} on {bind} cannot be bound; is it in use?") from error
+        await server.start()
+        if (listening := listen()) is None:
+            return RunningServer(server, bound, None, "")
+        listener, name = listening
+        return RunningServer(server, bound, LocalSocket(asyncio.get_running_loop(), listener, rows, token), name)
+
+    async def stop(self) -> None:
+        """Break all connections."""
+        if self._local is not None:
+            self._local.close()
+        await self._server.stop(grace=0)

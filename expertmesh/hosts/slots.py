@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from expertmesh.errors import NotHeldError, OutOfSlotsError
+from expertmesh.ids import ExpertId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numpy.typing import NDArray
-
-    from expertmesh.ids import ExpertId
     from expertmesh.kernels import ExpertKernel
     from expertmesh.kernels.spec import ExpertWeights
 
@@ -25,9 +22,9 @@ class SlotPool:
     def __init__(self, kernel: ExpertKernel) -> None:
         self.kernel = kernel
         self.dtype: torch.dtype = getattr(torch, kernel.spec.dtype)
-        self._slot: dict[ExpertId, int] = {}
+        self._slot: dict[tuple[int, int], int] = {}
         self._free = list(range(kernel.num_slots))[::-1]
-        self._rows = np.zeros(kernel.num_slots, dtype=np.int64)
+        self._rows = [0] * kernel.num_slots
 
     def write(self, expert: ExpertId, weights: ExpertWeights) -> None:
         """Put an expert into a free slot, or renew it in its own. Raises OutOfSlotsError when there is none."""
@@ -47,21 +44,22 @@ class SlotPool:
             self.kernel.clear(slot)
             self._free.append(slot)
 
-    def slots_of(self, experts: list[ExpertId]) -> NDArray[np.int64]:
-        """The slot of each. Raises NotHeldError for the first that has none."""
+    def slots_of(self, layer: int, experts: list[int]) -> list[int]:
+        """The slot of each expert of a layer. Raises NotHeldError for the first that has none."""
         try:
-            return np.array([self._slot[expert] for expert in experts], dtype=np.int64)
+            return [self._slot[layer, index] for index in experts]
         except KeyError as error:
-            raise NotHeldError(error.args[0]) from None
+            raise NotHeldError(ExpertId(*error.args[0])) from None
 
-    def count(self, slots: NDArray[np.int64], rows: list[int]) -> None:
-        """Note that `rows[i]` pairs were computed by `slots[i]` (each named once)."""
-        self._rows[slots] += rows
+    def count(self, slots: list[int], rows: list[int]) -> None:
+        """Note that `rows[i]` pairs were computed by `slots[i]`."""
+        for slot, number in zip(slots, rows, strict=True):
+            self._rows[slot] += number
 
     def loads(self) -> Iterator[tuple[ExpertId, int]]:
         """Each expert held, with the pairs computed since it was written."""
         for expert, slot in sorted(self._slot.items()):
-            yield expert, int(self._rows[slot])
+            yield ExpertId(*expert), self._rows[slot]
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._slot

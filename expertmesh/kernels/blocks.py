@@ -21,7 +21,7 @@ class Block(NamedTuple):
 
 
 def cut(slot_P: NDArray[np.int64], max_pairs: int) -> list[Block]:
-    """Cut pairs sorted by slot into blocks of at most `max_pairs`, in order."""
+    """Cut pairs grouped by slot into blocks of at most `max_pairs`, in order."""
     if len(slot_P) == 0:
         return []
     starts = [0, *(np.flatnonzero(slot_P[1:] != slot_P[:-1]) + 1).tolist()]

@@ -8,7 +8,6 @@ Shapes: T tokens, K experts per token, P pairs, E experts of the layer.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,37 +52,59 @@ def make_dispatch_plan(
     expert = expert_P[pairs]
     if not table.is_complete and not (replicas := table.num_replicas_E[expert]).all():
         raise NoReadyReplicaError(ExpertId(layer, int(expert[np.argmin(replicas)])))
-    if table.host_EM.shape[1] == 1:
-        host = table.host_EM[expert, 0]
+    # The key orders pairs by host, and in it by expert.
+    if table.key_EM.shape[1] == 1:
+        key = table.key_EM[:, 0][expert]
     else:
-        host = table.host_EM[expert, _choose_replica(expert, table.num_replicas_E[expert], num_experts)]
+        key = table.key_EM[expert, _choose_replica(expert, table.num_replicas_E[expert], num_experts)]
 
     # One stable sort brings the pairs of a host, and in it those of an expert, together and keeps tokens ascending.
-    # From here on, plain loops over the few runs beat one more array operation at a time.
-    key = host * num_experts + expert
     order = np.argsort(key, kind="stable")
     key = key[order]
-    run_starts = [0, *(np.flatnonzero(key[1:] != key[:-1]) + 1).tolist()]
-    runs_of: dict[int, list[tuple[int, int, int]]] = {}
-    for start, stop in itertools.pairwise([*run_starts, len(key)]):
-        run_host, run_expert = divmod(int(key[start]), num_experts)
-        runs_of.setdefault(run_host, []).append((run_expert, start, stop))
-
-    parts = []
-    for run_host, runs in runs_of.items():
-        chosen = pairs[order[runs[0][1] : runs[-1][2]]]
-        tokens, pair_rows = _rows_once(chosen // num_choices, len(expert_P) // num_choices)
-        parts.append(
-            HostPart(
-                host=placement.hosts[run_host],
-                pairs=chosen,
-                tokens=tokens,
-                pair_rows=pair_rows,
-                experts=[run_expert for run_expert, _, _ in runs],
-                counts=[stop - start for _, start, stop in runs],
-            )
+    pairs = pairs[order]
+    runs = [0, *(np.flatnonzero(key[1:] != key[:-1]) + 1).tolist(), len(key)]
+    segments = _segments(key[runs[:-1]].tolist(), runs, num_experts)
+    tokens, pair_rows = _rows_once(pairs // num_choices, segments, len(expert_P) // num_choices)
+    return [
+        HostPart(
+            host=placement.hosts[segment.host],
+            pairs=pairs[segment.start : segment.stop],
+            tokens=tokens[i],
+            pair_rows=pair_rows[segment.start : segment.stop],
+            experts=segment.experts,
+            counts=segment.counts,
         )
-    return parts
+        for i, segment in enumerate(segments)
+    ]
+
+
+@dataclass(slots=True)
+class _Segment:
+    """The sorted pairs of one host."""
+
+    host: int
+    start: int
+    stop: int
+    experts: list[int]
+    counts: list[int]
+
+
+def _segments(keys: list[int], bounds: list[int], num_experts: int) -> list[_Segment]:
+    """Join the runs of pairs with one key, run i being bounds[i] to bounds[i + 1], to segments of one host each.
+
+    A plain loop: there are few runs, and it beats array operations one at a time.
+    """
+    segments: list[_Segment] = []
+    for i, key in enumerate(keys):
+        start, stop = bounds[i], bounds[i + 1]
+        host, expert = divmod(key, num_experts)
+        if not segments or segments[-1].host != host:
+            segments.append(_Segment(host, start, stop, [], []))
+        last = segments[-1]
+        last.stop = stop
+        last.experts.append(expert)
+        last.counts.append(stop - start)
+    return segments
 
 
 def _choose_replica(expert: NDArray[np.int64], replicas: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:
@@ -96,10 +117,29 @@ def _choose_replica(expert: NDArray[np.int64], replicas: NDArray[np.int64], num_
     return rank * replicas // counts[expert]
 
 
-def _rows_once(token: NDArray[np.int64], num_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """The distinct tokens, ascending, and for each entry of `token` its position among them."""
-    wanted = np.zeros(num_tokens, dtype=np.bool_)
-    wanted[token] = True
-    tokens = np.flatnonzero(wanted)
-    position = np.cumsum(wanted, dtype=np.int32) - 1
-    return tokens, position[token].astype(np.int32, copy=False)
+def _rows_once(
+    token_P: NDArray[np.int64], segments: list[_Segment], num_tokens: int
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int32]]:
+    """Per segment its distinct tokens, ascending; and for each pair its token's position among them."""
+    ascends = token_P[1:] > token_P[:-1]
+    ascends[[segment.stop - 1 for segment in segments[:-1]]] = True
+    if ascends.all():  # one expert for each host, commonly
+        ranges = [np.arange(segment.stop - segment.start, dtype=np.int32) for segment in segments]
+        return [token_P[segment.start : segment.stop] for segment in segments], np.concatenate(ranges)
+    # All segments at once, each on its own stretch of `num_tokens` cells.
+    cell_P = token_P
+    if len(segments) > 1:
+        lengths = [segment.stop - segment.start for segment in segments]
+        cell_P = token_P + np.repeat(np.arange(len(segments)) * num_tokens, lengths)
+    wanted = np.zeros(len(segments) * num_tokens, dtype=np.bool_)
+    wanted[cell_P] = True
+    rank = np.cumsum(wanted, dtype=np.int32) - np.int32(1)
+    cells = np.flatnonzero(wanted)
+    row_P = rank[cell_P]
+    tokens, before = [], 0
+    for i, segment in enumerate(segments):
+        after = int(rank[(i + 1) * num_tokens - 1]) + 1
+        tokens.append(cells[before:after] - i * num_tokens)
+        row_P[segment.start : segment.stop] -= before
+        before = after
+    return tokens, row_P

@@ -16,7 +16,7 @@ from expertmesh.engine.api import PromptLogprobs, TokenEvent
 from expertmesh.moe.exchange import Exchange, ExchangeLimits
 from expertmesh.moe.layer import MoeLayer
 from expertmesh.serve.card import model_card
-from expertmesh.transport.grpc_transport import GrpcTransport
+from expertmesh.transport.network import NetworkTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,7 +36,7 @@ class Router:
         backbone = load_backbone(path, dtype=config.dtype)
         backbone.model.to(section.device)
         self._exchange = Exchange(
-            GrpcTransport(token),
+            NetworkTransport(token),
             placement,
             ExchangeLimits(timeout_s=config.exchange.timeout_s, attempt_timeout_s=config.exchange.attempt_timeout_s),
         )

@@ -31,7 +31,7 @@ class ProcessCluster:
         """Lend the next free process. Raises IndexError when all are lent."""
         process = next(process for process in self.processes if process not in self._lent.values())
         self._lent[host] = process
-        info = HostInfo(id=host, address=process.address)
+        info = HostInfo(id=host, address=process.address, socket=process.socket)
         return RunningHost(info=info, pool=pool.name, node="here", process_id=process.pid)
 
     async def stop(self, host: HostId) -> None:

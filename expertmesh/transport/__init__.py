@@ -1,14 +1,15 @@
-"""How rows reach a host and come back. One Protocol; `grpc_transport` over the network, `local` within the process."""
+"""How rows reach a host and come back. One Protocol; `network` between processes, `local` within one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from expertmesh.errors import ReplicaFailedError, ReplicaUnavailableError
     from expertmesh.placement import HostInfo
 
 
@@ -34,17 +35,37 @@ class LayerReply:
     compute_s: float
 
 
+class Answer(NamedTuple):
+    """What became of one request."""
+
+    ticket: int
+    outcome: LayerReply | ReplicaUnavailableError | ReplicaFailedError
+    """ReplicaUnavailableError: the host could not be reached, broke off, or holds an expert no longer.
+    ReplicaFailedError: it answered with a failure."""
+
+
 class Transport(Protocol):
-    """Carries requests to hosts. Lives on one event loop; all calls are made on it."""
+    """Carries requests to hosts: many under way at once, answers in any order, each at most once.
 
-    async def call(self, host: HostInfo, request: LayerRequest) -> LayerReply:
-        """Send and wait for the answer; cancelling gives up on it.
+    Used by one thread, but for `wake`. Never retries: that is the exchange's business.
+    """
 
-        Raises ReplicaUnavailableError when the host cannot be reached, breaks off or no longer holds an expert, and
-        ReplicaFailedError when it answers with a failure. Never retries: that is the exchange's business.
-        """
+    def send(self, host: HostInfo, request: LayerRequest) -> int:
+        """Send, without waiting. Returns the ticket that its answer will carry; never raises for the host's sake."""
         ...
 
-    async def close(self) -> None:
-        """Break all connections; calls in progress raise ReplicaUnavailableError."""
+    def receive(self, timeout_s: float) -> list[Answer]:
+        """The answers that have come, waiting for the first; none after `timeout_s`, or when woken."""
+        ...
+
+    def forget(self, ticket: int) -> None:
+        """Give up on an answer: should it come, it is thrown away."""
+        ...
+
+    def wake(self) -> None:
+        """Make a `receive` that waits now, or else the next one, return early. From any thread."""
+        ...
+
+    def close(self) -> None:
+        """Break all connections. Idempotent."""
         ...

@@ -6,6 +6,8 @@ whatever is wrong is a ProtocolError that names the field.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from expertmesh._proto import host_pb2 as pb
@@ -36,36 +38,59 @@ def encode_request(request_id: int, request: LayerRequest) -> pb.ExchangeRequest
     )
 
 
-def decode_request(message: pb.ExchangeRequest, configuration: HostConfiguration) -> LayerRequest:
-    """Check a router's message against what this host is configured for."""
-    if message.layer >= configuration.num_layers:
-        raise ProtocolError(f"layer {message.layer}: the model has {configuration.num_layers} MoE layers")
-    spec = configuration.spec(message.layer)
-    dtype = _FROM_DTYPE.get(message.dtype)
-    if dtype != spec.dtype:
-        raise ProtocolError(f"dtype {dtype or message.dtype}: the experts of layer {message.layer} take {spec.dtype}")
-    row_bytes = spec.hidden * spec.itemsize
-    if message.num_rows == 0 or len(message.rows) != message.num_rows * row_bytes:
-        raise ProtocolError(
-            f"rows has {len(message.rows)} bytes: {message.num_rows} rows of {spec.hidden} x {dtype} "
-            f"take {message.num_rows * row_bytes}, and there must be one at least"
-        )
-    experts, counts = list(message.experts), list(message.counts)
-    if not experts or len(experts) != len(counts) or not all(counts):
-        raise ProtocolError(f"{len(experts)} experts with {len(counts)} counts: there must be one above 0 for each")
-    num_experts = configuration.layer_experts[message.layer]
-    if max(experts) >= num_experts or len(set(experts)) != len(experts):
-        raise ProtocolError(f"experts: each must be below {num_experts} and named once")
-    num_pairs = sum(counts)
-    if num_pairs * row_bytes > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"{num_pairs} pairs: their answer would exceed {MAX_MESSAGE_BYTES:,} bytes")
-    if len(message.pair_rows) != 4 * num_pairs:
-        raise ProtocolError(f"pair_rows has {len(message.pair_rows)} bytes: {num_pairs} pairs take {4 * num_pairs}")
-    pair_rows = np.frombuffer(message.pair_rows, dtype="<u4")  # a negative index reads as a huge one
-    if pair_rows.max() >= message.num_rows:
-        raise ProtocolError(f"pair_rows: each must be in 0 to {message.num_rows - 1}")
-    rows = np.frombuffer(message.rows, dtype=np.uint8).reshape(message.num_rows, row_bytes)
-    return LayerRequest(message.layer, dtype, rows, pair_rows.view(np.int32), experts, counts)
+class RequestDecoder:
+    """Checks routers' messages against what a host is configured for. Made once, used for every message."""
+
+    def __init__(self, configuration: HostConfiguration) -> None:
+        self._layers = [
+            _LayerShape(_TO_DTYPE[spec.dtype], spec.dtype, spec.hidden * spec.itemsize, num_experts)
+            for spec, num_experts in zip(
+                (configuration.spec(layer) for layer in range(configuration.num_layers)),
+                configuration.layer_experts,
+                strict=True,
+            )
+        ]
+
+    def decode(self, message: pb.ExchangeRequest) -> LayerRequest:
+        """The request that a message holds. Raises ProtocolError."""
+        layer, num_rows = message.layer, message.num_rows
+        if layer >= len(self._layers):
+            raise ProtocolError(f"layer {layer}: the model has {len(self._layers)} MoE layers")
+        number, dtype, row_bytes, num_experts = self._layers[layer]
+        if message.dtype != number:
+            given = _FROM_DTYPE.get(message.dtype) or message.dtype
+            raise ProtocolError(f"dtype {given}: the experts of layer {layer} take {dtype}")
+        row_data = message.rows
+        if num_rows == 0 or len(row_data) != num_rows * row_bytes:
+            raise ProtocolError(
+                f"rows has {len(row_data)} bytes: {num_rows} rows of {row_bytes} bytes ({dtype}) "
+                f"take {num_rows * row_bytes}, and there must be one at least"
+            )
+        experts, counts = list(message.experts), list(message.counts)
+        if not experts or len(experts) != len(counts) or not all(counts):
+            raise ProtocolError(f"{len(experts)} experts with {len(counts)} counts: there must be one above 0 for each")
+        if max(experts) >= num_experts or len(set(experts)) != len(experts):
+            raise ProtocolError(f"experts: each must be below {num_experts} and named once")
+        num_pairs = sum(counts)
+        if num_pairs * row_bytes > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"{num_pairs} pairs: their answer would exceed {MAX_MESSAGE_BYTES:,} bytes")
+        pair_data = message.pair_rows
+        if len(pair_data) != 4 * num_pairs:
+            raise ProtocolError(f"pair_rows has {len(pair_data)} bytes: {num_pairs} pairs take {4 * num_pairs}")
+        pair_rows = np.frombuffer(pair_data, dtype="<u4")  # a negative index reads as a huge one
+        if pair_rows.max() >= num_rows:
+            raise ProtocolError(f"pair_rows: each must be in 0 to {num_rows - 1}")
+        rows = np.frombuffer(row_data, dtype=np.uint8).reshape(num_rows, row_bytes)
+        return LayerRequest(layer, dtype, rows, pair_rows.view(np.int32), experts, counts)
+
+
+class _LayerShape(NamedTuple):
+    """What rows of a layer must look like."""
+
+    dtype_number: pb.DType
+    dtype: str
+    row_bytes: int
+    num_experts: int
 
 
 def encode_reply(request_id: int, reply: LayerReply) -> pb.ExchangeReply:

@@ -12,7 +12,7 @@ from expertmesh.errors import CheckpointError, ConfigError, OutOfSlotsError, Pro
 from expertmesh.hosts.statistics import HostStatistics
 from expertmesh.ids import ExpertId
 from expertmesh.transport import codec
-from expertmesh.transport.grpc_transport import CHANNEL_OPTIONS, credentials
+from expertmesh.transport.grpc_link import CHANNEL_OPTIONS, credentials
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable

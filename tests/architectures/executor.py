@@ -16,7 +16,7 @@ from expertmesh.moe.layer import MoeLayer
 from expertmesh.placement import Placement
 from expertmesh.testing.processes import ProcessCluster
 from expertmesh.transport.grpc_control import GrpcHostControl
-from expertmesh.transport.grpc_transport import GrpcTransport
+from expertmesh.transport.network import NetworkTransport
 
 
 class HostExecutor:
@@ -28,7 +28,7 @@ class HostExecutor:
     @contextmanager
     def run(self, index: CheckpointIndex) -> Iterator[list[MoeLayerFn]]:
         """The layers' callables, usable until the context ends."""
-        exchange = Exchange(GrpcTransport(self._cluster.token), asyncio.run(self._place(index)))
+        exchange = Exchange(NetworkTransport(self._cluster.token), asyncio.run(self._place(index)))
         try:
             yield [MoeLayer(exchange, layer) for layer in range(index.num_layers)]
         finally:

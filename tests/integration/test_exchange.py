@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 
@@ -17,9 +16,9 @@ from expertmesh.kernels.spec import ExpertSpec
 from expertmesh.moe.exchange import Exchange, ExchangeLimits
 from expertmesh.placement import HostInfo, Placement
 from expertmesh.testing.experts import SILU, Mixture
-from expertmesh.transport import LayerReply, LayerRequest
-from expertmesh.transport.grpc_transport import GrpcTransport
+from expertmesh.transport import LayerRequest
 from expertmesh.transport.local import LocalTransport
+from expertmesh.transport.network import NetworkTransport
 
 MIXTURE = Mixture(ExpertSpec(hidden=24, intermediate=16, activation=SILU), 1, 4)
 ALL = [ExpertId(0, e) for e in range(4)]
@@ -47,7 +46,9 @@ def servers() -> Iterator[dict[str, HostServer]]:
 
 
 def placement_of(servers: dict[str, HostServer]) -> Placement:
-    hosts = tuple(HostInfo(id=HostId(name), address=server.address) for name, server in servers.items())
+    hosts = tuple(
+        HostInfo(id=HostId(name), address=server.address, socket=server.socket) for name, server in servers.items()
+    )
     a, b, c = (host.id for host in hosts)
     return Placement(
         epoch=1,
@@ -59,7 +60,7 @@ def placement_of(servers: dict[str, HostServer]) -> Placement:
 
 @pytest.mark.parametrize("victim", ["a", "b", "c"])
 def test_a_dead_hosts_rows_are_answered_by_other_replicas(servers, expected, victim: str) -> None:
-    exchange = Exchange(GrpcTransport("token"), placement_of(servers), QUICK)
+    exchange = Exchange(NetworkTransport("token"), placement_of(servers), QUICK)
     assert torch.equal(exchange.run(0, X, INDEX), expected)
     servers[victim].close()
     for _ in range(3):
@@ -71,9 +72,9 @@ def test_rows_wait_for_a_host_that_comes_back(expected) -> None:
     """The only copy goes, and is there again at the same address a little later: nothing is lost."""
     host = MIXTURE.host(ALL)
     server = HostServer(host, "token")
-    info = HostInfo(id=HostId("h"), address=server.address)
+    info = HostInfo(id=HostId("h"), address=server.address, socket=server.socket)
     placement = Placement(epoch=1, hosts=(info,), num_experts=(4,), replicas=dict.fromkeys(ALL, (info.id,)))
-    exchange = Exchange(GrpcTransport("token"), placement, QUICK)
+    exchange = Exchange(NetworkTransport("token"), placement, QUICK)
     exchange.run(0, X, INDEX)
     server.close()
     answers: list[torch.Tensor] = []
@@ -117,20 +118,15 @@ def test_without_a_replica_the_deadline_ends_it() -> None:
     exchange.close()
 
 
-class Silent:
+class Silent(LocalTransport):
     """A transport to hosts of which one never answers."""
 
     def __init__(self, hosts: dict[HostId, Host], silent: str) -> None:
-        self._inner = LocalTransport(hosts)
+        super().__init__(hosts)
         self._silent = silent
 
-    async def call(self, host: HostInfo, request: LayerRequest) -> LayerReply:
-        if host.id == self._silent:
-            await asyncio.get_running_loop().create_future()
-        return await self._inner.call(host, request)
-
-    async def close(self) -> None:
-        await self._inner.close()
+    def send(self, host: HostInfo, request: LayerRequest) -> int:
+        return -1 if host.id == self._silent else super().send(host, request)
 
 
 def test_a_host_that_hangs_is_given_up_on(expected) -> None:
@@ -143,9 +139,9 @@ def test_a_host_that_hangs_is_given_up_on(expected) -> None:
 def test_a_launch_that_fails_is_not_sent_elsewhere() -> None:
     host = MIXTURE.host(ALL)
     server = HostServer(host, "token")
-    info = HostInfo(id=HostId("h"), address=server.address)
+    info = HostInfo(id=HostId("h"), address=server.address, socket=server.socket)
     placement = Placement(epoch=1, hosts=(info,), num_experts=(4,), replicas=dict.fromkeys(ALL, (info.id,)))
-    exchange = Exchange(GrpcTransport("token"), placement, QUICK)
+    exchange = Exchange(NetworkTransport("token"), placement, QUICK)
     host._pools[0].kernel.run = lambda *_: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ReplicaFailedError, match="ZeroDivisionError") as caught:
         exchange.run(0, X, INDEX)

@@ -19,7 +19,7 @@ from expertmesh.hosts.process import HostServer
 from expertmesh.ids import ExpertId
 from expertmesh.kernels.spec import ExpertSpec
 from expertmesh.testing.experts import SILU, Mixture
-from expertmesh.transport.grpc_transport import credentials
+from expertmesh.transport.grpc_link import credentials
 
 HIDDEN = 8
 MIXTURE = Mixture(ExpertSpec(hidden=HIDDEN, intermediate=12, activation=SILU), 1, 4)
@@ -158,7 +158,7 @@ def test_a_port_in_use_is_an_error() -> None:
 def test_what_arrives_together_is_computed_in_one_launch() -> None:
     """Two routers' messages that wait while the host is busy share its next launch."""
     from expertmesh.hosts.batcher import Batcher
-    from expertmesh.transport import LayerRequest
+    from expertmesh.transport import LayerReply, LayerRequest
 
     host = MIXTURE.host(HELD)
     x = torch.randn(3, HIDDEN).view(torch.uint8).numpy()
@@ -166,7 +166,10 @@ def test_what_arrives_together_is_computed_in_one_launch() -> None:
 
     async def two_at_once() -> None:
         batcher = Batcher(host.compute)
-        first, second = await asyncio.gather(batcher.submit(work), batcher.submit(work))
+        replies: asyncio.Queue[LayerReply | Exception] = asyncio.Queue()
+        for _ in range(2):
+            batcher.submit(work, replies.put_nowait)
+        first, second = await replies.get(), await replies.get()
         assert first.rows.tobytes() == second.rows.tobytes()
 
     asyncio.run(two_at_once())

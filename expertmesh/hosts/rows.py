@@ -1,0 +1,65 @@
+"""Answers routers' messages: checks one, has its rows computed, and says what came of it. Knows no connection."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from expertmesh._proto import host_pb2 as pb
+from expertmesh.errors import NotHeldError, ProtocolError
+from expertmesh.hosts.batcher import Batcher
+from expertmesh.transport import codec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from expertmesh.hosts.configuration import HostConfiguration
+    from expertmesh.hosts.host import Host
+    from expertmesh.transport import LayerReply
+
+logger = logging.getLogger(__name__)
+
+
+class RowService:
+    """The exchange's side of a host, on the host's event loop. Whatever a message holds, it gets one reply."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._batcher = Batcher(host.compute)
+        self._configuration: HostConfiguration | None = None
+        self._decoder: codec.RequestDecoder | None = None
+        self.connections = 0
+        """Routers connected now, over gRPC and local sockets."""
+
+    def submit(self, message: pb.ExchangeRequest, respond: Callable[[pb.ExchangeReply], None]) -> None:
+        """Answer `message`, soon or at once."""
+        request_id = message.id
+
+        def done(outcome: LayerReply | Exception) -> None:
+            if isinstance(outcome, Exception):
+                logger.error("a launch failed", exc_info=outcome)
+                respond(error_reply(request_id, pb.Error.FAILED, f"{type(outcome).__name__}: {outcome}"))
+            else:
+                respond(codec.encode_reply(request_id, outcome))
+
+        try:
+            if (decoder := self._decoder_now()) is None:
+                respond(error_reply(request_id, pb.Error.NOT_READY, "the host is not configured yet"))
+                return
+            self._batcher.submit(self._host.prepare(decoder.decode(message)), done)
+        except ProtocolError as error:
+            respond(error_reply(request_id, pb.Error.INVALID, str(error)))
+        except NotHeldError as error:
+            respond(error_reply(request_id, pb.Error.NOT_READY, str(error)))
+
+    def _decoder_now(self) -> codec.RequestDecoder | None:
+        """The decoder for what the host is configured for at the moment."""
+        if self._host.configuration is not self._configuration:
+            self._configuration = self._host.configuration
+            self._decoder = codec.RequestDecoder(self._configuration) if self._configuration else None
+        return self._decoder
+
+
+def error_reply(request_id: int, code: pb.Error.Code, message: str) -> pb.ExchangeReply:
+    """A reply that says why there are no rows."""
+    return pb.ExchangeReply(id=request_id, error=pb.Error(code=code, message=message))

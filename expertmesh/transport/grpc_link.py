@@ -1,0 +1,109 @@
+"""A link over gRPC: one bidirectional stream, held open, with many requests under way on it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import grpc
+
+from expertmesh._proto.host_pb2_grpc import HostStub
+from expertmesh.transport import codec
+from expertmesh.transport.codec import MAX_MESSAGE_BYTES
+from expertmesh.transport.pending import Pending
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from expertmesh._proto import host_pb2 as pb
+    from expertmesh.placement import HostInfo
+    from expertmesh.transport import Answer, LayerRequest
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A machine that vanishes breaks no connection: ask it now and then, and notice within seconds.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Two channels to one address must not share a connection: each stream breaks alone.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.so_reuseport", 0),
+    # Allow the pings that clients send by CHANNEL_OPTIONS.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+)
+
+
+def credentials(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that every call to a host carries."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+class GrpcLink:
+    """One open stream. See `network.Link`."""
+
+    def __init__(self, host: HostInfo, token: str, deliver: Callable[[Answer], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pending = Pending(host.id, deliver)
+        self._channel = grpc.aio.insecure_channel(host.address, options=CHANNEL_OPTIONS)
+        self._call = HostStub(self._channel).Exchange(metadata=credentials(token))
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
+        self._writers: set[asyncio.Task[None]] = set()
+        self._reader = self._loop.create_task(self._read(), name=f"read {host.id}")
+
+    @staticmethod
+    async def connect(host: HostInfo, token: str, deliver: Callable[[Answer], None]) -> GrpcLink:
+        """Begin to connect; whether that succeeds is seen by the answers."""
+        return GrpcLink(host, token, deliver)
+
+    @property
+    def broken(self) -> str | None:
+        return self._pending.broken
+
+    def send(self, ticket: int, request: LayerRequest) -> None:
+        if self._pending.add(ticket, request):
+            writer = self._loop.create_task(self._write(codec.encode_request(ticket, request)))
+            self._writers.add(writer)
+            writer.add_done_callback(self._writers.discard)
+
+    async def _write(self, message: pb.ExchangeRequest) -> None:
+        try:
+            async with self._writing:
+                await self._call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            self._pending.fail(_cause(error))  # the reader may not have been told yet
+
+    async def _read(self) -> None:
+        """Pass on each reply; when the stream ends, however it does, fail all who wait."""
+        cause = "the host ended the stream"
+        try:
+            while (reply := await self._call.read()) is not grpc.aio.EOF:
+                self._pending.reply(reply)
+            if (code := await self._call.code()) is not grpc.StatusCode.OK:
+                cause = f"{code.name}: {await self._call.details()}"
+        except grpc.aio.AioRpcError as error:
+            cause = _cause(error)
+        finally:
+            self._pending.fail(cause)
+            await self._channel.close()
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, *self._writers, return_exceptions=True)
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__
