@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import asyncio
     import socket
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from expertmesh.hosts.rows import RowService
 
 logger = logging.getLogger(__name__)
@@ -70,19 +73,19 @@ class _Connection:
         self._trusted = False
         self._frames = FrameSocket(loop, connection, self._receive, lambda _: self._gone(), max_bytes=MAX_TOKEN_BYTES)
 
-    def _receive(self, message: memoryview) -> None:
+    def _receive(self, header: bytes, rows: NDArray[np.uint8]) -> None:
         if not self._trusted:
-            self._check(message)
+            self._check(header)
             return
         try:
-            request = pb.ExchangeRequest.FromString(bytes(message))
+            request = pb.ExchangeRequest.FromString(header)
         except DecodeError:
             self._refuse("a message that is no ExchangeRequest")
             return
-        self._rows.submit(request, self._respond)
+        self._rows.submit(request, rows, self._respond)
 
-    def _check(self, message: memoryview) -> None:
-        if not hmac.compare_digest(bytes(message), self._token):
+    def _check(self, token: bytes) -> None:
+        if not hmac.compare_digest(token, self._token):
             logger.warning("refused a local connection: wrong or missing token")
             self._refuse("UNAUTHENTICATED: wrong or missing token")
             return
@@ -90,13 +93,12 @@ class _Connection:
         self._frames.max_bytes = MAX_MESSAGE_BYTES
         self._rows.connections += 1
 
-    def _respond(self, reply: pb.ExchangeReply) -> None:
-        self._frames.send(reply.SerializeToString())
+    def _respond(self, reply: pb.ExchangeReply, rows: NDArray[np.uint8]) -> None:
+        self._frames.send(reply.SerializeToString(), rows.reshape(-1).data)
 
     def _refuse(self, cause: str) -> None:
         """Say why, as a reply to nothing, and hang up."""
-        self._respond(error_reply(0, pb.Error.INVALID, cause))
-        self.close()
+        self._frames.refuse(error_reply(0, pb.Error.INVALID, cause).SerializeToString())
 
     def close(self) -> None:
         self._frames.close()

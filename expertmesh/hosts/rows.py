@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from expertmesh._proto import host_pb2 as pb
 from expertmesh.errors import NotHeldError, ProtocolError
 from expertmesh.hosts.batcher import Batcher
@@ -13,11 +15,18 @@ from expertmesh.transport import codec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.hosts.host import Host
     from expertmesh.transport import LayerReply
 
+    Respond = Callable[[pb.ExchangeReply, NDArray[np.uint8]], None]
+    """Sends a reply and its rows."""
+
 logger = logging.getLogger(__name__)
+
+NO_ROWS = np.empty(0, np.uint8)
 
 
 class RowService:
@@ -31,26 +40,26 @@ class RowService:
         self.connections = 0
         """Routers connected now, over gRPC and local sockets."""
 
-    def submit(self, message: pb.ExchangeRequest, respond: Callable[[pb.ExchangeReply], None]) -> None:
-        """Answer `message`, soon or at once."""
+    def submit(self, message: pb.ExchangeRequest, rows: codec.Buffer, respond: Respond) -> None:
+        """Answer `message`, whose rows are `rows`, soon or at once."""
         request_id = message.id
 
         def done(outcome: LayerReply | Exception) -> None:
             if isinstance(outcome, Exception):
                 logger.error("a launch failed", exc_info=outcome)
-                respond(error_reply(request_id, pb.Error.FAILED, f"{type(outcome).__name__}: {outcome}"))
+                respond(error_reply(request_id, pb.Error.FAILED, f"{type(outcome).__name__}: {outcome}"), NO_ROWS)
             else:
-                respond(codec.encode_reply(request_id, outcome))
+                respond(codec.encode_reply(request_id, outcome), outcome.rows)
 
         try:
             if (decoder := self._decoder_now()) is None:
-                respond(error_reply(request_id, pb.Error.NOT_READY, "the host is not configured yet"))
+                respond(error_reply(request_id, pb.Error.NOT_READY, "the host is not configured yet"), NO_ROWS)
                 return
-            self._batcher.submit(self._host.prepare(decoder.decode(message)), done)
+            self._batcher.submit(self._host.prepare(decoder.decode(message, rows)), done)
         except ProtocolError as error:
-            respond(error_reply(request_id, pb.Error.INVALID, str(error)))
+            respond(error_reply(request_id, pb.Error.INVALID, str(error)), NO_ROWS)
         except NotHeldError as error:
-            respond(error_reply(request_id, pb.Error.NOT_READY, str(error)))
+            respond(error_reply(request_id, pb.Error.NOT_READY, str(error)), NO_ROWS)
 
     def _decoder_now(self) -> codec.RequestDecoder | None:
         """The decoder for what the host is configured for at the moment."""

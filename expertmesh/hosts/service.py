@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from expertmesh.hosts.host import Host
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class HostService(HostServicer):
         try:
             async for message in requests:
                 reply: asyncio.Future[pb.ExchangeReply] = loop.create_future()
-                self._rows.submit(message, functools.partial(_set, reply))
+                self._rows.submit(message, message.rows, functools.partial(_resolve, reply))
                 yield await reply
         finally:
             self._rows.connections -= 1
@@ -115,9 +118,10 @@ class HostService(HostServicer):
         return ExpertId(layer, index)
 
 
-def _set(future: asyncio.Future[T], result: T) -> None:
-    if not future.cancelled():  # the router has gone
-        future.set_result(result)
+def _resolve(reply: asyncio.Future[pb.ExchangeReply], message: pb.ExchangeReply, rows: NDArray[np.uint8]) -> None:
+    if not reply.cancelled():  # else the router has gone
+        message.rows = rows.tobytes()
+        reply.set_result(message)
 
 
 _STATUS = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertmesh._proto import host_pb2 as pb
 from expertmesh.checkpoint.recipe import ExpertRecipe, TensorRecipe, TensorSource
@@ -21,17 +22,19 @@ _TO_DTYPE = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT
 _FROM_DTYPE = {number: name for name, number in _TO_DTYPE.items()}
 
 
+Buffer = bytes | NDArray[np.uint8]
+
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Of one message, in either direction; larger ones are refused by gRPC before they are read."""
 
 
 def encode_request(request_id: int, request: LayerRequest) -> pb.ExchangeRequest:
+    """All of a request but its rows: how they travel is the link's business, here as in the other functions."""
     return pb.ExchangeRequest(
         id=request_id,
         layer=request.layer,
         dtype=_TO_DTYPE[request.dtype],
         num_rows=len(request.rows),
-        rows=request.rows.tobytes(),
         experts=request.experts,
         counts=request.counts,
         pair_rows=request.pair_rows.tobytes(),
@@ -51,8 +54,8 @@ class RequestDecoder:
             )
         ]
 
-    def decode(self, message: pb.ExchangeRequest) -> LayerRequest:
-        """The request that a message holds. Raises ProtocolError."""
+    def decode(self, message: pb.ExchangeRequest, row_data: Buffer) -> LayerRequest:
+        """The request that a message and its rows are. Raises ProtocolError."""
         layer, num_rows = message.layer, message.num_rows
         if layer >= len(self._layers):
             raise ProtocolError(f"layer {layer}: the model has {len(self._layers)} MoE layers")
@@ -60,7 +63,6 @@ class RequestDecoder:
         if message.dtype != number:
             given = _FROM_DTYPE.get(message.dtype) or message.dtype
             raise ProtocolError(f"dtype {given}: the experts of layer {layer} take {dtype}")
-        row_data = message.rows
         if num_rows == 0 or len(row_data) != num_rows * row_bytes:
             raise ProtocolError(
                 f"rows has {len(row_data)} bytes: {num_rows} rows of {row_bytes} bytes ({dtype}) "
@@ -94,14 +96,14 @@ class _LayerShape(NamedTuple):
 
 
 def encode_reply(request_id: int, reply: LayerReply) -> pb.ExchangeReply:
-    return pb.ExchangeReply(id=request_id, rows=reply.rows.tobytes(), compute_s=reply.compute_s)
+    return pb.ExchangeReply(id=request_id, compute_s=reply.compute_s)
 
 
-def decode_reply(message: pb.ExchangeReply, num_pairs: int, row_bytes: int) -> LayerReply:
-    """Check a host's answer against what it was asked."""
-    if len(message.rows) != num_pairs * row_bytes:
-        raise ProtocolError(f"answered {len(message.rows)} bytes: {num_pairs} pairs take {num_pairs * row_bytes}")
-    rows = np.frombuffer(message.rows, dtype=np.uint8).reshape(num_pairs, row_bytes)
+def decode_reply(message: pb.ExchangeReply, row_data: Buffer, num_pairs: int, row_bytes: int) -> LayerReply:
+    """Check a host's answer against what it was asked. Raises ProtocolError."""
+    if len(row_data) != num_pairs * row_bytes:
+        raise ProtocolError(f"answered {len(row_data)} bytes: {num_pairs} pairs take {num_pairs * row_bytes}")
+    rows = np.frombuffer(row_data, dtype=np.uint8).reshape(num_pairs, row_bytes)
     return LayerReply(rows, message.compute_s)
 
 

@@ -1,22 +1,29 @@
-"""Messages over a local stream socket: each is four bytes of length, little-endian, and then the message.
+"""Messages over a local stream socket: a small header, and a body of bulk data that only the kernel copies.
 
-Reads and writes happen on the event loop, straight on the socket: at these sizes a stream abstraction would cost more
-than the system calls.
+On the wire: two lengths of four bytes, little-endian, then header and body. Reads and writes happen on the event loop,
+straight on the socket: at these sizes a stream abstraction would cost more than the system calls.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import struct
 from collections import deque
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import asyncio
-    import socket
     from collections.abc import Callable
 
-_LENGTH = struct.Struct("<I")
-_BUFFER_BYTES = 2**18
+    from numpy.typing import NDArray
+
+_LENGTHS = struct.Struct("<II")
+_NOTHING = memoryview(b"")
+_DISCARDED, _DISCARDED_AT_ONCE = 2**24, 2**16
+"""Bytes that a refused peer may still send before it is cut off."""
 
 
 class FrameSocket:
@@ -26,29 +33,33 @@ class FrameSocket:
         self,
         loop: asyncio.AbstractEventLoop,
         connection: socket.socket,
-        on_message: Callable[[memoryview], None],
+        on_message: Callable[[bytes, NDArray[np.uint8]], None],
         on_end: Callable[[str], None],
         *,
         max_bytes: int,
     ) -> None:
-        """`on_message` gets each message in a buffer that is its own only until it returns. `on_end` is told once why
-        the connection ended; messages above `max_bytes` end it."""
+        """`on_message` gets each message's header and body. `on_end` is told once why the connection ended; messages
+        above `max_bytes` end it."""
         self._loop = loop
         self._socket = connection
         self._on_message = on_message
         self._on_end = on_end
         self.max_bytes = max_bytes
-        self._buffer = bytearray(_BUFFER_BYTES)
-        self._filled = 0
+        self._lengths = bytearray(_LENGTHS.size)
+        self._header_bytes = 0
+        self._message: NDArray[np.uint8] | None = None  # whose lengths have been read
+        self._target = memoryview(self._lengths)  # what is still to be read of the lengths or of the message
         self._unsent: deque[memoryview] = deque()
+        self._to_discard = _DISCARDED
         self._closed = False
         loop.add_reader(connection.fileno(), self._readable)
 
-    def send(self, *parts: bytes | memoryview) -> None:
-        """Send one message, given in parts. What the socket does not take now follows as it drains."""
+    def send(self, header: bytes, body: memoryview = _NOTHING) -> None:
+        """Send one message. What the socket does not take now follows as it drains: leave `body` unchanged until it
+        has been answered."""
         if self._closed:
             return
-        pieces = [memoryview(_LENGTH.pack(sum(map(len, parts)))), *(memoryview(part) for part in parts)]
+        pieces = [memoryview(_LENGTHS.pack(len(header), len(body)) + header), body]
         if not self._unsent:
             try:
                 sent = self._socket.sendmsg(pieces)
@@ -73,45 +84,58 @@ class FrameSocket:
         if not self._unsent:
             self._loop.remove_writer(self._socket.fileno())
 
-    def _readable(self) -> None:
+    def refuse(self, header: bytes) -> None:
+        """Send a last message and hang up; what still comes is thrown away."""
+        self.send(header)
+        if not self._closed:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+            # To close a socket with unread data resets it, and the peer would not get to read why.
+            self._loop.add_reader(self._socket.fileno(), self._discard)
+
+    def _discard(self) -> None:
         try:
-            got = self._socket.recv_into(memoryview(self._buffer)[self._filled :])
+            self._to_discard -= len(thrown_away := self._socket.recv(_DISCARDED_AT_ONCE))
         except BlockingIOError:
             return
         except OSError as error:
             self._end(str(error))
             return
-        if got == 0:
-            self._end("the connection was closed")
-            return
-        self._filled += got
-        self._pass_on()
+        if not thrown_away or self._to_discard <= 0:
+            self._end("it was refused")
 
-    def _pass_on(self) -> None:
-        """Hand over the whole messages in the buffer, and keep the rest at its front."""
-        start = 0
-        while not self._closed and self._filled - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
-            if length > self.max_bytes:
+    def _readable(self) -> None:
+        """Read one message or what there is of it; the loop calls again for the next."""
+        if self._message is None:
+            if not self._read():
+                return
+            self._header_bytes, body_bytes = _LENGTHS.unpack(self._lengths)
+            if (length := self._header_bytes + body_bytes) > self.max_bytes:
                 self._end(f"a message of {length:,} bytes; {self.max_bytes:,} are allowed")
                 return
-            if (end := start + _LENGTH.size + length) > self._filled:
-                self._make_room(start, _LENGTH.size + length)
-                return
-            self._on_message(memoryview(self._buffer)[start + _LENGTH.size : end])
-            start = end
-        self._make_room(start, _LENGTH.size)
+            self._message = np.empty(length, np.uint8)
+            self._target = self._message.data
+        if self._read():
+            message, self._message = self._message, None
+            self._target = memoryview(self._lengths)
+            self._on_message(message[: self._header_bytes].tobytes(), message[self._header_bytes :])
 
-    def _make_room(self, start: int, need: int) -> None:
-        """Move what is left to the front of a buffer that holds `need` bytes."""
-        left = self._filled - start
-        if need > len(self._buffer):
-            larger = bytearray(need + _BUFFER_BYTES)
-            larger[:left] = memoryview(self._buffer)[start : self._filled]
-            self._buffer = larger
-        elif start and left:
-            self._buffer[:left] = self._buffer[start : self._filled]
-        self._filled = left
+    def _read(self) -> bool:
+        """Whether the target is complete."""
+        if len(self._target) == 0:
+            return True
+        try:
+            got = self._socket.recv_into(self._target)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._end(str(error))
+            return False
+        if got == 0:
+            self._end("the connection was closed")
+            return False
+        self._target = self._target[got:]
+        return len(self._target) == 0
 
     def _end(self, cause: str) -> None:
         if not self._closed:

@@ -73,7 +73,9 @@ class GrpcLink:
 
     def send(self, ticket: int, request: LayerRequest) -> None:
         if self._pending.add(ticket, request):
-            writer = self._loop.create_task(self._write(codec.encode_request(ticket, request)))
+            message = codec.encode_request(ticket, request)
+            message.rows = request.rows.tobytes()
+            writer = self._loop.create_task(self._write(message))
             self._writers.add(writer)
             writer.add_done_callback(self._writers.discard)
 
@@ -89,7 +91,7 @@ class GrpcLink:
         cause = "the host ended the stream"
         try:
             while (reply := await self._call.read()) is not grpc.aio.EOF:
-                self._pending.reply(reply)
+                self._pending.reply(reply, reply.rows)
             if (code := await self._call.code()) is not grpc.StatusCode.OK:
                 cause = f"{code.name}: {await self._call.details()}"
         except grpc.aio.AioRpcError as error:

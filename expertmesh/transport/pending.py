@@ -33,21 +33,21 @@ class Pending:
         self._requests[ticket] = request
         return True
 
-    def reply(self, message: pb.ExchangeReply) -> None:
+    def reply(self, message: pb.ExchangeReply, rows: codec.Buffer) -> None:
         """A host's reply came. One to a request that is not waiting is ignored."""
         request = self._requests.pop(message.id, None)
         if request is not None:
-            self._deliver(Answer(message.id, self._outcome(message, request)))
+            self._deliver(Answer(message.id, self._outcome(message, rows, request)))
 
     def _outcome(
-        self, message: pb.ExchangeReply, request: LayerRequest
+        self, message: pb.ExchangeReply, rows: codec.Buffer, request: LayerRequest
     ) -> LayerReply | ReplicaUnavailableError | ReplicaFailedError:
         if message.HasField("error"):
             if message.error.code == pb.Error.NOT_READY:
                 return ReplicaUnavailableError(self._host, message.error.message)
             return ReplicaFailedError(self._host, message.error.message)
         try:
-            return codec.decode_reply(message, len(request.pair_rows), request.rows.shape[1])
+            return codec.decode_reply(message, rows, len(request.pair_rows), request.rows.shape[1])
         except ProtocolError as error:
             return ReplicaFailedError(self._host, str(error))
 

@@ -1,4 +1,4 @@
-"""A link over a local socket, to a host of the same machine: the messages of the gRPC stream without gRPC.
+"""A link over a local socket, to a host of the same machine: the messages of the gRPC stream, with their rows beside.
 
 The socket's name is random and in Linux's abstract namespace: it is known only through the placement, can be reached
 only from this machine (and this container's network), and vanishes with the process that listens, however that ends.
@@ -23,6 +23,9 @@ from expertmesh.transport.pending import Pending
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from expertmesh.placement import HostInfo
     from expertmesh.transport import Answer, LayerRequest
@@ -75,17 +78,18 @@ class SocketLink:
 
     def send(self, ticket: int, request: LayerRequest) -> None:
         if self._pending.add(ticket, request):
-            self._frames.send(codec.encode_request(ticket, request).SerializeToString())
+            message = codec.encode_request(ticket, request)
+            self._frames.send(message.SerializeToString(), request.rows.reshape(-1).data)
 
-    def _receive(self, message: memoryview) -> None:
+    def _receive(self, header: bytes, rows: NDArray[np.uint8]) -> None:
         try:
-            reply = pb.ExchangeReply.FromString(bytes(message))
+            reply = pb.ExchangeReply.FromString(header)
         except DecodeError:
             self._frames.close()
             self._pending.fail("it sent a message that is no ExchangeReply")
             return
         if reply.id:
-            self._pending.reply(reply)
+            self._pending.reply(reply, rows)
         else:
             self._pending.fail(reply.error.message)  # it refuses the connection, and closes it
 

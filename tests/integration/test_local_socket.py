@@ -33,15 +33,15 @@ def peer(server: HostServer) -> Iterator[socket.socket]:
         yield connection
 
 
-def frame(message: bytes) -> bytes:
-    return struct.pack("<I", len(message)) + message
+def frame(header: bytes, body: bytes = b"") -> bytes:
+    return struct.pack("<II", len(header), len(body)) + header + body
 
 
 def request(request_id: int) -> bytes:
     message = pb.ExchangeRequest(
-        id=request_id, layer=0, dtype=pb.FLOAT32, num_rows=1, rows=ROW, experts=[0], counts=[1], pair_rows=bytes(4)
+        id=request_id, layer=0, dtype=pb.FLOAT32, num_rows=1, experts=[0], counts=[1], pair_rows=bytes(4)
     )
-    return frame(message.SerializeToString())
+    return frame(message.SerializeToString(), ROW)
 
 
 def read(peer: socket.socket, number: int) -> list[pb.ExchangeReply]:
@@ -50,8 +50,10 @@ def read(peer: socket.socket, number: int) -> list[pb.ExchangeReply]:
 
 
 def read_one(peer: socket.socket) -> pb.ExchangeReply:
-    (length,) = struct.unpack("<I", peer.recv(4, socket.MSG_WAITALL))
-    return pb.ExchangeReply.FromString(peer.recv(length, socket.MSG_WAITALL))
+    header, body = struct.unpack("<II", peer.recv(8, socket.MSG_WAITALL))
+    reply = pb.ExchangeReply.FromString(peer.recv(header, socket.MSG_WAITALL))
+    reply.rows = peer.recv(body, socket.MSG_WAITALL) if body else b""
+    return reply
 
 
 def assert_hung_up(peer: socket.socket) -> None:
@@ -84,12 +86,12 @@ def test_without_the_token_nothing_is_computed(server: HostServer, peer: socket.
 
 
 def test_before_the_token_little_is_read(peer: socket.socket) -> None:
-    peer.sendall(struct.pack("<I", 100_000_000))
+    peer.sendall(struct.pack("<II", 4_000, 100_000_000))
     assert_hung_up(peer)
 
 
 def test_a_message_above_the_limit_ends_the_connection(peer: socket.socket) -> None:
-    peer.sendall(frame(b"token") + struct.pack("<I", 2**32 - 1))
+    peer.sendall(frame(b"token") + struct.pack("<II", 2**32 - 1, 2**32 - 1))
     assert_hung_up(peer)
 
 
