@@ -172,7 +172,7 @@ class ExpertLoad(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class StatisticsReply(_message.Message):
-    __slots__ = ("slots", "memory_bytes", "replicas", "launches", "rows", "busy_s", "streams", "process_id")
+    __slots__ = ("slots", "memory_bytes", "replicas", "launches", "rows", "busy_s", "streams", "process_id", "at_s", "rows_squared", "rows_busy_s")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +181,9 @@ class StatisticsReply(_message.Message):
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_BUSY_S_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
     memory_bytes: int
     replicas: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
@@ -189,4 +192,7 @@ class StatisticsReply(_message.Message):
     busy_s: float
     streams: int
     process_id: int
-    def __init__(self, slots: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., launches: _Optional[int] = ..., rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., streams: _Optional[int] = ..., process_id: _Optional[int] = ...) -> None: ...
+    at_s: float
+    rows_squared: float
+    rows_busy_s: float
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., launches: _Optional[int] = ..., rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., streams: _Optional[int] = ..., process_id: _Optional[int] = ..., at_s: _Optional[float] = ..., rows_squared: _Optional[float] = ..., rows_busy_s: _Optional[float] = ...) -> None: ...

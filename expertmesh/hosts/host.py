@@ -56,9 +56,7 @@ class Host:
         self._device = device
         self._make = make
         self._pools: tuple[SlotPool, ...] = ()
-        self._launches = 0
-        self._rows = 0
-        self._busy_s = 0.0
+        self._done = _Done()
 
     def configure(self, configuration: HostConfiguration) -> tuple[int, ...]:
         """Make empty pools for a model, and forget any before: the number of slots of each.
@@ -131,9 +129,7 @@ class Host:
         y_PB = y_PH.view(torch.uint8).numpy()
         for work in works:
             pool.count(work.slots, work.request.counts)
-        self._launches += 1
-        self._rows += len(row_P)
-        self._busy_s += took_s
+        self._done.add(len(row_P), took_s)
         if by_slot is None:
             return [LayerReply(y_PB, took_s)]
         y_PB = y_PB[np.argsort(by_slot, kind="stable")]
@@ -145,10 +141,31 @@ class Host:
             slots=tuple(pool.kernel.num_slots for pool in self._pools),
             memory_bytes=self.memory_bytes,
             replicas=tuple(load for pool in self._pools for load in pool.loads()),
-            launches=self._launches,
-            rows=self._rows,
-            busy_s=self._busy_s,
+            at_s=time.monotonic(),
+            launches=self._done.launches,
+            rows=self._done.rows,
+            busy_s=self._done.busy_s,
+            rows_squared=self._done.rows_squared,
+            rows_busy_s=self._done.rows_busy_s,
         )
+
+
+@dataclass(slots=True)
+class _Done:
+    """What all launches came to."""
+
+    launches: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    rows_squared: float = 0.0
+    rows_busy_s: float = 0.0
+
+    def add(self, rows: int, took_s: float) -> None:
+        self.launches += 1
+        self.rows += rows
+        self.busy_s += took_s
+        self.rows_squared += rows * rows
+        self.rows_busy_s += rows * took_s
 
 
 def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:

@@ -107,6 +107,9 @@ class HostService(HostServicer):
             busy_s=statistics.busy_s,
             streams=self._rows.connections,
             process_id=os.getpid(),
+            at_s=statistics.at_s,
+            rows_squared=statistics.rows_squared,
+            rows_busy_s=statistics.rows_busy_s,
         )
 
     def _expert(self, layer: int, index: int) -> ExpertId:

@@ -17,6 +17,15 @@ class HostStatistics:
     memory_bytes: int
     replicas: tuple[tuple[ExpertId, int], ...]
     """Each replica with the pairs it computed since it was loaded."""
-    launches: int
-    rows: int
-    busy_s: float
+    streams: int = 0
+    """Routers connected."""
+    at_s: float = 0.0
+    """When this was read, by the host's own clock."""
+    launches: int = 0
+    rows: int = 0
+    """Pairs computed."""
+    busy_s: float = 0.0
+    rows_squared: float = 0.0
+    """The sum over launches of rows * rows: with the others, enough for a line through all of them."""
+    rows_busy_s: float = 0.0
+    """The sum over launches of rows * seconds."""

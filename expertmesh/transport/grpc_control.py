@@ -64,9 +64,13 @@ class GrpcHostControl:
             slots=tuple(reply.slots),
             memory_bytes=reply.memory_bytes,
             replicas=tuple((ExpertId(load.layer, load.index), load.rows) for load in reply.replicas),
+            streams=reply.streams,
+            at_s=reply.at_s,
             launches=reply.launches,
             rows=reply.rows,
             busy_s=reply.busy_s,
+            rows_squared=reply.rows_squared,
+            rows_busy_s=reply.rows_busy_s,
         )
 
     async def close(self) -> None:
