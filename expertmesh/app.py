@@ -13,6 +13,7 @@ import ray
 from ray import serve
 from ray.serve.config import DeploymentActorConfig
 
+from expertmesh.config import parse_config
 from expertmesh.control.actor import ControllerActor
 from expertmesh.hosts.process import TOKEN_VARIABLE
 from expertmesh.serve.deployments import CONTROLLER, GatewayDeployment, RouterDeployment
@@ -21,23 +22,31 @@ if TYPE_CHECKING:
     from expertmesh.config import MeshConfig
 
 
-def build(args: MeshConfig) -> serve.Application:
-    """The application of one mesh: gateway -> router, and the controller that the router deployment owns."""
+def build(args: dict[str, Any]) -> serve.Application:
+    """What a config's `import_path` names: Serve calls it with `args`. Raises ConfigError naming the key."""
+    return application(parse_config(args, "args"), secrets.token_hex(4))
+
+
+def application(mesh: MeshConfig, name: str) -> serve.Application:
+    """The application of one mesh: gateway -> router, and the controller that the router deployment owns.
+
+    `name` tells this deployment's hosts from all others on the cluster.
+    """
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
-    config: dict[str, Any] = args.model_dump(mode="json")
+    config: dict[str, Any] = mesh.model_dump(mode="json")
     controller = DeploymentActorConfig(
         name=CONTROLLER,
         actor_class=ray.remote(ControllerActor),
-        init_kwargs={"config": config, "token": token},
+        init_kwargs={"name": name, "config": config, "token": token},
         actor_options={"num_cpus": 0, "max_concurrency": 1000},
     )
     router = serve.deployment(
         RouterDeployment,
         name="router",
-        num_replicas=args.router.replicas,
-        ray_actor_options={"num_cpus": args.router.cpus, "num_gpus": args.router.gpus},
+        num_replicas=mesh.router.replicas,
+        ray_actor_options={"num_cpus": mesh.router.cpus, "num_gpus": mesh.router.gpus},
         # The engine has its own bounded queue and says 429 itself; Serve must not hold requests back before it.
-        max_ongoing_requests=args.router.max_requests + args.router.max_queue + 64,
+        max_ongoing_requests=mesh.router.max_requests + mesh.router.max_queue + 64,
         deployment_actors=[controller],
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=30,
@@ -45,9 +54,9 @@ def build(args: MeshConfig) -> serve.Application:
     gateway = serve.deployment(
         GatewayDeployment,
         name="gateway",
-        num_replicas=args.gateway.replicas,
-        ray_actor_options={"num_cpus": args.gateway.cpus},
-        max_ongoing_requests=args.gateway.max_ongoing_requests,
+        num_replicas=mesh.gateway.replicas,
+        ray_actor_options={"num_cpus": mesh.gateway.cpus},
+        max_ongoing_requests=mesh.gateway.max_ongoing_requests,
         graceful_shutdown_timeout_s=30,
     )
     return gateway.bind(config, router.bind(config, token))

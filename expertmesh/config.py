@@ -38,7 +38,14 @@ class PoolSection(Section):
 
     name: str = Field(default="cpu", min_length=1)
     device: Literal["cpu", "cuda"] = "cpu"
-    hosts: int = Field(default=2, ge=1, le=10_000)
+    hosts: int = Field(default=2, ge=0, le=10_000)
+    """Host processes to begin with."""
+    min: int | None = Field(default=None, ge=0, le=10_000)
+    """Never fewer hosts than this; by default `hosts`. 0: a pool that may be given up, where others can hold all."""
+    max: int | None = Field(default=None, ge=1, le=10_000)
+    """Never more hosts than this; by default `hosts`."""
+    target: float = Field(default=0.7, gt=0, le=1)
+    """The share of their time that hosts should be busy: above it for long, a host is added; well below, one goes."""
     cpus: float = Field(default=0.5, gt=0)
     """Ray CPUs per host; it computes with this many threads, at least one."""
     gpus: float = Field(default=0, ge=0)
@@ -49,6 +56,22 @@ class PoolSection(Section):
     """A Ray accelerator type, such as H100."""
     labels: dict[str, str] = {}
     """A Ray label selector that nodes must match."""
+
+    @property
+    def fewest_hosts(self) -> int:
+        return self.hosts if self.min is None else self.min
+
+    @property
+    def most_hosts(self) -> int:
+        return self.hosts if self.max is None else self.max
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> PoolSection:
+        if not self.fewest_hosts <= self.hosts <= self.most_hosts or self.most_hosts == 0:
+            raise ValueError(
+                f"hosts: {self.hosts} must lie between min, {self.fewest_hosts}, and max, {self.most_hosts}, above 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _device_fits(self) -> PoolSection:
@@ -61,7 +84,13 @@ class ExpertsSection(Section):
     """How experts are placed."""
 
     min_replicas: int = Field(default=1, ge=1)
-    """Ready copies of every expert, each on another host."""
+    """Ready copies of every expert, each on another host, and on another node where there is one."""
+    elastic: bool = True
+    """Whether hot experts gain replicas and cold ones lose them. False keeps the first placement while hosts live."""
+    half_life_s: float = Field(default=5, gt=0)
+    """Load that is this old counts half."""
+    replan_s: float = Field(default=2, gt=0)
+    """How often the placement is weighed against the load."""
 
 
 class RouterSection(Section):

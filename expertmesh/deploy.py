@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 import socket
 import threading
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from ray import serve
 from ray._private.authentication import authentication_token_setup
 from ray.serve.schema import ApplicationStatus
 
-from expertmesh.app import build
+from expertmesh.app import application
 from expertmesh.checkpoint.source import resolve, stored_tensors
 from expertmesh.config import MeshConfig, parse_config
 from expertmesh.config_file import ServeFile
+from expertmesh.control.ray_cluster import end_hosts
 from expertmesh.errors import ConfigError
 from expertmesh.serve.deployments import CONTROLLER
 
@@ -69,7 +71,10 @@ def deployed(file: ServeFile, *, port: int | None = None, report: Callable[[Prog
     try:
         report(Progress(phase="starting Serve"))
         address = _start_serve(listen, port)
-        target = serve.RunTarget(target=build(file.mesh), name=file.app_name, route_prefix=file.route_prefix)
+        mesh = secrets.token_hex(4)
+        target = serve.RunTarget(
+            target=application(file.mesh, mesh), name=file.app_name, route_prefix=file.route_prefix
+        )
         serve.run_many([target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
         try:
             _wait_ready(file.app_name, report)
@@ -77,6 +82,7 @@ def deployed(file: ServeFile, *, port: int | None = None, report: Callable[[Prog
         finally:
             report(Progress(phase="stopping"))
             serve.delete(file.app_name)
+            end_hosts(mesh)
     finally:
         ray.shutdown()
 
@@ -129,7 +135,7 @@ def _start_serve(listen: tuple[str, int], wanted_port: int | None) -> str:
 
 
 def _cpus(mesh: MeshConfig) -> float:
-    hosts = sum(pool.hosts * pool.cpus for pool in mesh.pools)
+    hosts = sum(pool.most_hosts * pool.cpus for pool in mesh.pools)
     return hosts + mesh.router.replicas * mesh.router.cpus + mesh.gateway.replicas * mesh.gateway.cpus
 
 

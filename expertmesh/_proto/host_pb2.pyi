@@ -146,12 +146,14 @@ class LoadReply(_message.Message):
     def __init__(self) -> None: ...
 
 class DropRequest(_message.Message):
-    __slots__ = ("layer", "index")
+    __slots__ = ("layer", "index", "not_after_s")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    NOT_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     layer: int
     index: int
-    def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+    not_after_s: float
+    def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ..., not_after_s: _Optional[float] = ...) -> None: ...
 
 class DropReply(_message.Message):
     __slots__ = ()

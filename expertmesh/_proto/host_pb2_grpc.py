@@ -89,7 +89,7 @@ class HostServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drop(self, request, context):
-        """Frees one expert's slot. Idempotent. The caller makes sure that no placement in use still names the replica.
+        """Frees one expert's slot. Idempotent. DEADLINE_EXCEEDED when the order comes too late. The caller makes sure that no placement in use still names the replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class ControllerActor:
-    """The shell around `Controller`: methods only delegate. Its hosts are its own, and end with it."""
+    """The shell around `Controller`: methods only delegate."""
 
-    def __init__(self, config: dict[str, Any], token: str) -> None:
-        """`config` is a MeshConfig as JSON."""
+    def __init__(self, name: str, config: dict[str, Any], token: str) -> None:
+        """`name` is the mesh's: hosts go by it. `config` is a MeshConfig as JSON."""
         mesh = MeshConfig.model_validate(config)
 
         def read_index() -> CheckpointIndex:
@@ -31,7 +31,7 @@ class ControllerActor:
 
         self._controller = Controller(
             mesh,
-            RayCluster(token, loopback=mesh.network.listen == "loopback"),
+            RayCluster(name, token, loopback=mesh.network.listen == "loopback"),
             lambda host: GrpcHostControl(host, token),
             read_index,
             SYSTEM_CLOCK,
@@ -44,8 +44,15 @@ class ControllerActor:
             self._start = asyncio.create_task(self._controller.start())
         return self._controller.status()
 
-    async def wait_placement(self, newer_than: int, timeout_s: float) -> Placement | None:
-        return await self._controller.wait_placement(newer_than, timeout_s)
+    async def wait_placement(self, router: str, newer_than: int, timeout_s: float) -> Placement | None:
+        return await self._controller.wait_placement(router, newer_than, timeout_s)
 
     async def report(self, what: str) -> Any:
         return await self._controller.report(what)
+
+    async def order(self, what: str, values: dict[str, Any]) -> Any:
+        return await self._controller.order(what, values)
+
+    async def stop(self) -> None:
+        """End all hosts. The controller is of no more use then."""
+        await self._controller.stop()

@@ -1,6 +1,6 @@
-"""The controller: brings hosts up, loads experts into them, publishes placements. No Ray, no gRPC.
+"""The controller: brings one mesh up, and answers those who ask about it. No Ray, no gRPC.
 
-Owns the desired state and the current placement. Its invariant: a placement names only replicas that are loaded.
+What runs the mesh from then on is its `Keeper`. All methods are called on one event loop.
 """
 
 from __future__ import annotations
@@ -8,55 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from expertmesh.control.planner import Inventory, spread
-from expertmesh.errors import ExpertMeshError
-from expertmesh.hosts.configuration import configuration_for
-from expertmesh.ids import ExpertId, HostId
-from expertmesh.placement import HostInfo, Placement
+from expertmesh.control.keeper import Keeper
+from expertmesh.errors import ConfigError, ExpertMeshError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from expertmesh.checkpoint.recipe import CheckpointIndex, ExpertRecipe
+    from expertmesh.checkpoint.recipe import CheckpointIndex
     from expertmesh.clock import Clock
-    from expertmesh.config import MeshConfig, PoolSection
-    from expertmesh.hosts.configuration import HostConfiguration
-    from expertmesh.hosts.statistics import HostStatistics
-
-LOADS_AT_ONCE = 4
-"""Experts that one host reads at the same time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningHost:
-    """A host that the cluster has started."""
-
-    info: HostInfo
-    pool: str
-    node: str
-    process_id: int
-
-
-class Cluster(Protocol):
-    """Starts and stops host processes."""
-
-    async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
-        """Start one host of a pool, waiting for the machine that it needs. Raises ConfigError when it cannot."""
-        ...
-
-    async def stop(self, host: HostId) -> None: ...
-
-
-class HostControl(Protocol):
-    """Orders to one host; see transport.grpc_control."""
-
-    async def configure(self, configuration: HostConfiguration) -> tuple[int, ...]: ...
-    async def load(self, expert: ExpertId, recipe: ExpertRecipe) -> None: ...
-    async def drop(self, expert: ExpertId) -> None: ...
-    async def statistics(self) -> HostStatistics: ...
-    async def close(self) -> None: ...
+    from expertmesh.config import MeshConfig
+    from expertmesh.control.cluster import Cluster, HostControl
+    from expertmesh.placement import HostInfo, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +36,7 @@ class StartUp:
 
 
 class Controller:
-    """Runs one mesh. All methods are called on one event loop."""
+    """Runs one mesh: `start` once, the rest at any time."""
 
     def __init__(
         self,
@@ -88,129 +52,75 @@ class Controller:
         self._connect = connect
         self._read_index = read_index
         self._clock = clock
-        self._hosts: dict[HostId, RunningHost] = {}
-        self._controls: dict[HostId, HostControl] = {}
-        self._placement: Placement | None = None
-        self._published = asyncio.Event()
-        self._decisions: list[dict[str, Any]] = []
+        self._keeper: Keeper | None = None
+        self._news = asyncio.Event()
         self.start_up = StartUp()
 
     async def start(self) -> None:
-        """Bring the mesh up. Never raises: what goes wrong is in `start_up.error`."""
+        """Bring the mesh up; it is kept from then on, until `stop`.
+
+        Never raises for the user's sake: what goes wrong is in `start_up.error`.
+        """
         try:
-            await self._start()
+            index = await asyncio.to_thread(self._read_index)
+            self._keeper = Keeper(self._config, index, self._cluster, self._connect, self._clock, self._announce)
+            await self._keeper.bring_up(self._show)
         except ExpertMeshError as error:
             self._fail(str(error))
         except Exception as error:  # the actor's boundary: those who wait must hear of it, whatever it is
             self._fail(f"{type(error).__name__}: {error}")
             raise
 
+    def _show(self, phase: str, done: int, total: int) -> None:
+        self.start_up = replace(self.start_up, phase=phase, done=done, total=total)
+
     def _fail(self, error: str) -> None:
         self.start_up = replace(self.start_up, error=error)
-        self._published.set()
+        self._announce()
 
-    async def _start(self) -> None:
-        index = await asyncio.to_thread(self._read_index)
-        configuration = configuration_for(index, self._config.model)
+    def _announce(self) -> None:
+        """Tell those who wait for a placement to look again."""
+        self._news.set()
+        self._news = asyncio.Event()
 
-        wanted = [(HostId(f"{pool.name}-{i}"), pool) for pool in self._config.pools for i in range(pool.hosts)]
-        self.start_up = StartUp(phase="starting hosts", total=len(wanted))
-        slots = await asyncio.gather(*(self._start_host(host, pool, configuration) for host, pool in wanted))
-        self._hosts = {host: self._hosts[host] for host, _ in wanted}  # they came in any order
-        inventory = [Inventory(host=host, slots=n) for (host, _), n in zip(wanted, slots, strict=True)]
-        replicas = spread(configuration, inventory, self._config.experts.min_replicas)
+    def status(self) -> dict[str, Any]:
+        """How far the start has come."""
+        ready = self._keeper is not None and self._keeper.placement is not None
+        return asdict(replace(self.start_up, ready=ready))
 
-        self.start_up = StartUp(phase="loading experts", total=sum(len(hosts) for hosts in replicas.values()))
-        held = {host: [expert for expert, hosts in replicas.items() if host in hosts] for host in self._hosts}
-        await asyncio.gather(*(self._load(host, experts, index) for host, experts in held.items()))
-        hosts = tuple(self._hosts[host].info for host, _ in wanted)
-        self._publish(
-            Placement(epoch=1, hosts=hosts, num_experts=index.num_experts, replicas=replicas),
-            why=f"first placement: {len(replicas)} experts spread over {len(hosts)} hosts",
-        )
-        self.start_up = replace(self.start_up, phase="ready", ready=True)
-
-    async def _start_host(self, host: HostId, pool: PoolSection, configuration: HostConfiguration) -> tuple[int, ...]:
-        running = await self._cluster.start(host, pool)
-        control = self._connect(running.info)
-        self._hosts[host], self._controls[host] = running, control
-        slots = await control.configure(configuration)
-        self.start_up = replace(self.start_up, done=self.start_up.done + 1)
-        return slots
-
-    async def _load(self, host: HostId, experts: Sequence[ExpertId], index: CheckpointIndex) -> None:
-        limit = asyncio.Semaphore(LOADS_AT_ONCE)
-
-        async def load(expert: ExpertId) -> None:
-            async with limit:
-                await self._controls[host].load(expert, index.recipes[expert])
-            self.start_up = replace(self.start_up, done=self.start_up.done + 1)
-
-        await asyncio.gather(*(load(expert) for expert in experts))
-
-    def _publish(self, placement: Placement, why: str) -> None:
-        self._placement = placement
-        self._decisions.append({"time": self._clock.wall(), "epoch": placement.epoch, "what": why})
-        self._published.set()
-        self._published = asyncio.Event()
-
-    async def wait_placement(self, newer_than: int, timeout_s: float) -> Placement | None:
+    async def wait_placement(self, router: str, newer_than: int, timeout_s: float) -> Placement | None:
         """The current placement once its epoch exceeds `newer_than`; None when that takes longer than `timeout_s`.
 
-        Also returns, with None, when the start has failed.
+        `router` names who asks: a replica is kept until no router can still use it. Also returns, with None, when the
+        start has failed.
         """
         deadline = self._clock.monotonic() + timeout_s
-        while self._placement is None or self._placement.epoch <= newer_than:
+        while True:
+            if self._keeper is not None:
+                self._keeper.router_uses(router, newer_than)
+                placement = self._keeper.placement
+                if placement is not None and placement.epoch > newer_than:
+                    return placement
             left_s = deadline - self._clock.monotonic()
             if left_s <= 0 or self.start_up.error:
                 return None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._published.wait(), left_s)
-        return self._placement
+                await asyncio.wait_for(self._news.wait(), left_s)
 
     async def report(self, what: str) -> Any:
-        """The JSON behind /mesh/WHAT: hosts, placement, load or decisions."""
-        if what == "placement":
-            return self._placement.to_json() if self._placement else {}
-        if what == "decisions":
-            return list(self._decisions)
-        statistics = dict(
-            zip(
-                self._controls,
-                await asyncio.gather(
-                    *(control.statistics() for control in self._controls.values()), return_exceptions=True
-                ),
-                strict=True,
-            )
-        )
-        if what == "hosts":
-            return [self._describe(host, statistics[host]) for host in self._hosts]
-        assert what == "load", what
-        rows = dict.fromkeys(self._placement.replicas, 0) if self._placement else {}
-        for reported in statistics.values():
-            if not isinstance(reported, BaseException):
-                for expert, computed in reported.replicas:
-                    rows[expert] = rows.get(expert, 0) + computed
-        num_experts = self._placement.num_experts if self._placement else ()
-        layers = [[rows.get(ExpertId(layer, i), 0) for i in range(n)] for layer, n in enumerate(num_experts)]
-        return {"layers": layers}
+        """The JSON behind /mesh/WHAT."""
+        return await self._running().report(what)
 
-    def _describe(self, host: HostId, statistics: HostStatistics | BaseException) -> dict[str, Any]:
-        running = self._hosts[host]
-        known: dict[str, Any] = {"state": "unreachable", "slots": None, "replicas": None, "rate": None}
-        if not isinstance(statistics, BaseException):
-            rate = statistics.rows / statistics.busy_s if statistics.busy_s else None
-            known = {"state": "ready", "slots": sum(statistics.slots), "replicas": len(statistics.replicas)}
-            known |= {"rate": rate, "rows": statistics.rows, "launches": statistics.launches}
-        return {"id": host, "pool": running.pool, "node": running.node, "pid": running.process_id, **known} | {
-            "address": running.info.address
-        }
+    async def order(self, what: str, values: dict[str, Any]) -> Any:
+        """Do what an operator asks for: scale, auto, drain or rebalance. Raises ConfigError when it cannot be."""
+        return self._running().order(what, values)
 
-    def status(self) -> dict[str, Any]:
-        """How far the start has come."""
-        return asdict(self.start_up)
+    def _running(self) -> Keeper:
+        if self._keeper is None:
+            raise ConfigError("the mesh is still starting; ask again when it is ready")
+        return self._keeper
 
     async def stop(self) -> None:
-        """Stop all hosts."""
-        await asyncio.gather(*(control.close() for control in self._controls.values()))
-        await asyncio.gather(*(self._cluster.stop(host) for host in self._hosts))
+        """End all hosts."""
+        if self._keeper is not None:
+            await self._keeper.stop()

@@ -1,12 +1,19 @@
-"""Hosts as Ray actors: the only module of the control plane, with `actor`, that imports Ray."""
+"""Hosts as Ray actors: the only module of the control plane, with `actor`, that imports Ray.
+
+The actors are detached and named, so that they outlive the controller and the next one finds them again.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.util import list_named_actors
 
-from expertmesh.control.controller import RunningHost
+from expertmesh.control.cluster import RunningHost
 from expertmesh.errors import ConfigError
 from expertmesh.hosts.actor import HostActor
 from expertmesh.placement import HostInfo
@@ -15,12 +22,17 @@ if TYPE_CHECKING:
     from expertmesh.config import PoolSection
     from expertmesh.ids import HostId
 
+NAMESPACE = "expertmesh"
+RACK_LABEL = "rack"
+"""The node label that says which nodes fail together."""
+
 
 class RayCluster:
-    """Starts each host as an actor with its pool's resources; Ray finds, or brings, the node."""
+    """Starts each host as an actor with its pool's resources; Ray finds, or brings, the node. See `cluster.Cluster`."""
 
-    def __init__(self, token: str, *, loopback: bool) -> None:
-        """`loopback` hosts can be reached from their own machine only."""
+    def __init__(self, mesh: str, token: str, *, loopback: bool) -> None:
+        """`mesh` names the mesh whose hosts these are. `loopback` hosts can be reached from their own machine only."""
+        self._mesh = mesh
         self._token = token
         self._loopback = loopback
         self._actors: dict[HostId, Any] = {}
@@ -34,32 +46,89 @@ class RayCluster:
             options["label_selector"] = pool.labels
         actor = (
             ray.remote(HostActor)
-            .options(**options)
+            .options(
+                name=f"{self._mesh}/{host}", namespace=NAMESPACE, lifetime="detached", max_concurrency=4, **options
+            )
             .remote(
+                name=host,
+                pool=pool.name,
                 token=self._token,
                 device=pool.device,
                 memory_bytes=int(pool.memory) if pool.memory else None,
-                memory_share=min(1.0, pool.gpus) if pool.gpus else 1 / pool.hosts,
+                memory_share=min(1.0, pool.gpus) if pool.gpus else 1 / pool.most_hosts,
                 threads=max(1, int(pool.cpus)),
                 loopback=self._loopback,
             )
         )
         self._actors[host] = actor
         try:
-            where = await actor.describe.remote()
+            return _running(await actor.describe.remote())
         except ray.exceptions.RayError as error:
+            self._actors.pop(host, None)
             raise ConfigError(f"a host of pool {pool.name!r} did not start: {_last_line(error)}") from error
-        return RunningHost(
-            info=HostInfo(id=host, address=where["address"]),
-            pool=pool.name,
-            node=where["node"],
-            process_id=where["process_id"],
-        )
+
+    async def running(self) -> list[RunningHost]:
+        """The hosts that a controller before this one started."""
+        found = []
+        for named in await asyncio.to_thread(_hosts, self._mesh):
+            try:
+                actor = await asyncio.to_thread(ray.get_actor, named, NAMESPACE)
+                host = _running(await actor.describe.remote())
+            except (ray.exceptions.RayError, ValueError):
+                continue  # it has just ended
+            self._actors[host.info.id] = actor
+            found.append(host)
+        return found
+
+    async def ended(self, host: HostId) -> str:
+        actor = self._actors.get(host)
+        if actor is None:
+            return "it was stopped"
+        try:
+            await actor.live.remote()
+        except ray.exceptions.RayError as error:
+            return _last_line(error)
+        return "it ended"
 
     async def stop(self, host: HostId) -> None:
         actor = self._actors.pop(host, None)
         if actor is not None:
             ray.kill(actor)
+
+    async def save(self, state: bytes) -> None:
+        await asyncio.to_thread(_internal_kv_put, self._key, state, True, namespace=NAMESPACE.encode())
+
+    async def saved(self) -> bytes | None:
+        state: bytes | None = await asyncio.to_thread(_internal_kv_get, self._key, namespace=NAMESPACE.encode())
+        return state
+
+    @property
+    def _key(self) -> bytes:
+        return f"controller/{self._mesh}".encode()
+
+
+def end_hosts(mesh: str) -> None:
+    """End the hosts of a mesh that is no more, rather than wait for their leases to run out."""
+    for named in _hosts(mesh):
+        with contextlib.suppress(ValueError):  # it has just ended
+            ray.kill(ray.get_actor(named, NAMESPACE))
+
+
+def _hosts(mesh: str) -> list[str]:
+    """The names of a mesh's host actors."""
+    named = list_named_actors(all_namespaces=True)
+    return [of["name"] for of in named if of["namespace"] == NAMESPACE and of["name"].startswith(f"{mesh}/")]
+
+
+def _running(described: dict[str, Any]) -> RunningHost:
+    info = HostInfo(id=described["id"], address=described["address"], socket=described["socket"])
+    return RunningHost(
+        info=info,
+        pool=described["pool"],
+        node=described["node"],
+        rack=described["labels"].get(RACK_LABEL, ""),
+        process_id=described["process_id"],
+    )
 
 
 def _last_line(error: Exception) -> str:

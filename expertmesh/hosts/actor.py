@@ -1,11 +1,13 @@
 """The Ray actor that is a host on a cluster: the shell around `HostServer`, and nothing else.
 
-Ray places the process, binds its device and ends it; rows and orders reach it over gRPC.
+Ray places the process, binds its device and ends it; rows and orders reach it over gRPC. It outlives the controller
+that started it, which may die and come back, and ends by itself when it is abandoned by all.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import ray
@@ -15,25 +17,55 @@ from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
 from expertmesh.hosts.host import Host
 from expertmesh.hosts.process import HostServer, available_memory
 
+LEASE_S = 60.0
+"""A host that no router is connected to and no controller asks for so long ends itself."""
+
 
 class HostActor:
     """One host. Every piece of state is built in `__init__`, for Ray restarts an actor through it alone."""
 
     def __init__(
-        self, *, token: str, device: str, memory_bytes: int | None, memory_share: float, threads: int, loopback: bool
+        self,
+        *,
+        name: str,
+        pool: str,
+        token: str,
+        device: str,
+        memory_bytes: int | None,
+        memory_share: float,
+        threads: int,
+        loopback: bool,
+        lease_s: float = LEASE_S,
     ) -> None:
         """`memory_bytes` None takes `memory_share` of what is free. `loopback` listens to this machine only."""
         keep_freed_memory(LAUNCH_BYTES)
         torch.set_num_threads(threads)
         address = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         memory = memory_bytes or int(available_memory(device) * memory_share)
+        self._name = name
+        self._pool = pool
         self._server = HostServer(Host(memory, device), token, bind=address)
+        self._never = threading.Event()
+        threading.Thread(target=self._end_when_abandoned, args=(lease_s,), daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
-        """Where it is: address, local socket, Ray node, process."""
+        """Who and where it is."""
+        context = ray.get_runtime_context()
         return {
+            "id": self._name,
+            "pool": self._pool,
             "address": self._server.address,
             "socket": self._server.socket,
-            "node": ray.get_runtime_context().get_node_id(),
+            "node": context.get_node_id(),
+            "labels": context.get_node_labels(),
             "process_id": os.getpid(),
         }
+
+    def live(self) -> None:
+        """Does not return. The call fails when the process ends, which is how its controller hears of it at once."""
+        self._never.wait()
+
+    def _end_when_abandoned(self, lease_s: float) -> None:
+        while self._server.idle_s < lease_s:
+            self._never.wait(lease_s / 4)
+        os._exit(0)  # Ray has no way for an actor to end but within a call, and nobody calls

@@ -39,6 +39,11 @@ class HostServer:
         self.address = f"{advertise or bind}:{self._server.port}"
         self.socket = self._server.socket
 
+    @property
+    def idle_s(self) -> float:
+        """For how long no router was connected and no controller asked."""
+        return self._server.idle_s
+
     def close(self) -> None:
         """End the streams and free the port. Idempotent."""
         if not self._thread.is_closed:

@@ -10,6 +10,7 @@ import functools
 import hmac
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -47,6 +48,8 @@ class HostService(HostServicer):
         self._host = host
         self._rows = rows
         self._root: Path | None = None
+        self.asked_at = time.monotonic()
+        """When the controller last asked for statistics."""
 
     async def Exchange(
         self, requests: AsyncIterator[pb.ExchangeRequest], _context: grpc.aio.ServicerContext[Any, Any]
@@ -88,6 +91,9 @@ class HostService(HostServicer):
 
     async def Drop(self, message: pb.DropRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DropReply:
         async def drop() -> pb.DropReply:
+            if message.not_after_s and time.monotonic() > message.not_after_s:
+                # The controller gave it up long ago, and may have told routers of the replica since.
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the order to drop came too late")
             self._host.drop(self._expert(message.layer, message.index))
             return pb.DropReply()
 
@@ -96,6 +102,7 @@ class HostService(HostServicer):
     async def Statistics(
         self, _message: pb.StatisticsRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.StatisticsReply:
+        self.asked_at = time.monotonic()
         statistics = self._host.statistics()
         replicas = [pb.ExpertLoad(layer=e.layer, index=e.index, rows=rows) for e, rows in statistics.replicas]
         return pb.StatisticsReply(
@@ -170,27 +177,36 @@ class _TokenCheck(grpc.aio.ServerInterceptor):
 class RunningServer:
     """A host's service, reachable over gRPC and, on its own machine, over a local socket."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, local: LocalSocket | None, socket: str) -> None:
+    def __init__(self, server: grpc.aio.Server, port: int, service: HostService, rows: RowService) -> None:
         self._server = server
-        self._local = local
+        self._service = service
+        self._rows = rows
+        self._local: LocalSocket | None = None
         self.port = port
-        self.socket = socket
+        self.socket = ""
+
+    @property
+    def idle_s(self) -> float:
+        """For how long nobody has needed this host: no router connected, no controller asking."""
+        return 0.0 if self._rows.connections else time.monotonic() - self._service.asked_at
 
     @staticmethod
     async def start(host: Host, token: str, bind: str = "127.0.0.1", port: int = 0) -> RunningServer:
         """Serve `host` at once. Raises ConfigError when the port is taken."""
         rows = RowService(host)
         server = grpc.aio.server(interceptors=(_TokenCheck(token),), options=SERVER_OPTIONS)
-        add_HostServicer_to_server(HostService(host, rows), server)
+        service = HostService(host, rows)
+        add_HostServicer_to_server(service, server)
         try:
             bound = server.add_insecure_port(f"{bind}:{port}")
         except RuntimeError as error:
             raise ConfigError(f"port {port} on {bind} cannot be bound; is it in use?") from error
         await server.start()
-        if (listening := listen()) is None:
-            return RunningServer(server, bound, None, "")
-        listener, name = listening
-        return RunningServer(server, bound, LocalSocket(asyncio.get_running_loop(), listener, rows, token), name)
+        running = RunningServer(server, bound, service, rows)
+        if (listening := listen()) is not None:
+            listener, running.socket = listening
+            running._local = LocalSocket(asyncio.get_running_loop(), listener, rows, token)
+        return running
 
     async def stop(self) -> None:
         """Break all connections."""

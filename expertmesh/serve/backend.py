@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 
 from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
 
-MeshView = Literal["hosts", "placement", "load", "decisions"]
+MeshView = Literal["hosts", "placement", "load", "decisions", "moves"]
+MeshOrder = Literal["scale", "auto", "drain", "rebalance"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,10 @@ class Backend(Protocol):
 
     async def mesh(self, what: MeshView) -> Any:
         """The mesh as JSON-able data."""
+        ...
+
+    async def order(self, what: MeshOrder, values: dict[str, Any]) -> Any:
+        """Ask the controller for a change. Raises ConfigError when it cannot be."""
         ...
 
     async def healthy(self) -> bool:

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 CONTROLLER = "expertmesh-controller"
 """Name of the actor that the router deployment owns."""
 
-_POLL_S = 20.0
+_POLL_S = 10.0
+"""Well below the time after which the controller takes a silent router to be gone."""
 
 
 class RouterDeployment:
@@ -46,7 +47,7 @@ class RouterDeployment:
             status = await controller.status.remote()
             if status["error"]:
                 raise ConfigError(status["error"])
-            placement: Placement | None = await controller.wait_placement.remote(0, _POLL_S)
+            placement: Placement | None = await controller.wait_placement.remote(_router_id(), 0, _POLL_S)
             if placement is not None:
                 return placement
 
@@ -55,7 +56,7 @@ class RouterDeployment:
             try:
                 controller = _controller()
                 await controller.status.remote()
-                placement = await controller.wait_placement.remote(self._router.epoch, _POLL_S)
+                placement = await controller.wait_placement.remote(_router_id(), self._router.epoch, _POLL_S)
             except (RayActorError, ValueError):
                 # The controller is gone; Serve starts another. Until then the last placement stands.
                 await asyncio.sleep(1.0)
@@ -74,6 +75,10 @@ class RouterDeployment:
         """What /mesh/WHAT answers: the controller's word."""
         return await _controller().report.remote(what)
 
+    async def order(self, what: str, values: dict[str, Any]) -> Any:
+        """What POST /mesh/WHAT asks the controller for."""
+        return await _controller().order.remote(what, values)
+
     async def ready(self) -> bool:
         return self._router.healthy
 
@@ -86,6 +91,10 @@ class RouterDeployment:
         """Called by Serve after the replica has drained."""
         self._follower.cancel()
         await asyncio.to_thread(self._router.close)
+
+
+def _router_id() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)
 
 
 def _controller() -> Any:
@@ -129,6 +138,10 @@ class RouterHandle:
     async def mesh(self, what: str) -> Any:
         with _own_errors():
             return await self._handle.mesh.remote(what)
+
+    async def order(self, what: str, values: dict[str, Any]) -> Any:
+        with _own_errors():
+            return await self._handle.order.remote(what, values)
 
     async def healthy(self) -> bool:
         try:

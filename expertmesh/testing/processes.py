@@ -1,12 +1,14 @@
-"""A cluster without Ray: hosts as plain child processes, started once and lent to one mesh after the other."""
+"""A cluster without Ray: hosts as plain child processes, started as needed and lent to one mesh after the other."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import secrets
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from expertmesh.control.controller import RunningHost
+from expertmesh.control.cluster import RunningHost
 from expertmesh.hosts.process import HostProcess
 from expertmesh.placement import HostInfo
 
@@ -21,22 +23,67 @@ class ProcessCluster:
     Pools' resources are ignored. Use as a context manager, which ends the processes.
     """
 
-    def __init__(self, num_hosts: int, memory: str = "1GiB") -> None:
+    def __init__(self, num_hosts: int = 0, memory: str = "1GiB") -> None:
+        """`num_hosts` are started at once, more when they are asked for."""
         self.token = secrets.token_urlsafe()
+        self._memory = memory
         self._stack = ExitStack()
-        self.processes = [self._stack.enter_context(HostProcess(self.token, memory=memory)) for _ in range(num_hosts)]
-        self._lent: dict[HostId, HostProcess] = {}
+        self._idle = [self._launch() for _ in range(num_hosts)]
+        self._lent: dict[HostId, tuple[RunningHost, HostProcess]] = {}
+        self._stopped: dict[HostId, asyncio.Event] = {}
+        self._note: bytes | None = None
+
+    @property
+    def num_hosts(self) -> int:
+        """Processes that run, lent or not."""
+        return len(self._idle) + len(self._lent)
+
+    def _launch(self) -> HostProcess:
+        return self._stack.enter_context(HostProcess(self.token, memory=self._memory))
 
     async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
-        """Lend the next free process. Raises IndexError when all are lent."""
-        process = next(process for process in self.processes if process not in self._lent.values())
-        self._lent[host] = process
+        """Lend a process that is idle, or a new one."""
+        process = self._idle.pop() if self._idle else await asyncio.to_thread(self._launch)
         info = HostInfo(id=host, address=process.address, socket=process.socket)
-        return RunningHost(info=info, pool=pool.name, node="here", process_id=process.pid)
+        running = RunningHost(info=info, pool=pool.name, node="here", process_id=process.pid)
+        self._lent[host] = running, process
+        return running
+
+    async def running(self) -> list[RunningHost]:
+        return [running for running, _ in self._lent.values()]
+
+    async def ended(self, host: HostId) -> str:
+        """Wait for the death of a process, or for its return by `stop`."""
+        if host not in self._lent:
+            return "it was stopped"
+        ended = self._stopped[host] = asyncio.Event()
+        descriptor = os.pidfd_open(self._lent[host][1].pid)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        return "it was killed" if self._lent.pop(host, None) else "it was stopped"
 
     async def stop(self, host: HostId) -> None:
         """Take a process back; it keeps running."""
-        self._lent.pop(host, None)
+        lent = self._lent.pop(host, None)
+        if lent is not None:
+            self._idle.append(lent[1])
+        if host in self._stopped:
+            self._stopped.pop(host).set()
+
+    def kill(self, host: HostId) -> None:
+        """SIGKILL a host's process."""
+        self._lent[host][1].kill()
+
+    async def save(self, state: bytes) -> None:
+        self._note = state
+
+    async def saved(self) -> bytes | None:
+        return self._note
 
     def __enter__(self) -> ProcessCluster:
         return self

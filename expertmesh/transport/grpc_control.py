@@ -52,9 +52,9 @@ class GrpcHostControl:
         message = codec.encode_recipe(expert.layer, expert.index, recipe)
         await self._ask(self._stub.Load(message, **self._options(_LOAD_TIMEOUT_S)))
 
-    async def drop(self, expert: ExpertId) -> None:
-        """Free an expert's slot. Idempotent."""
-        message = pb.DropRequest(layer=expert.layer, index=expert.index)
+    async def drop(self, expert: ExpertId, *, not_after_s: float = 0.0) -> None:
+        """Free an expert's slot, unless the host's clock is past `not_after_s`. Idempotent."""
+        message = pb.DropRequest(layer=expert.layer, index=expert.index, not_after_s=not_after_s)
         await self._ask(self._stub.Drop(message, **self._options(_CONTROL_TIMEOUT_S)))
 
     async def statistics(self) -> HostStatistics:

@@ -36,7 +36,7 @@ class HostExecutor:
 
     async def _place(self, index: CheckpointIndex) -> Placement:
         controller = Controller(
-            MeshConfig(model=index.root, pools=(PoolSection(hosts=len(self._cluster.processes)),)),
+            MeshConfig(model=index.root, pools=(PoolSection(hosts=self._cluster.num_hosts),)),
             self._cluster,
             lambda host: GrpcHostControl(host, self._cluster.token),
             lambda: index,
@@ -45,7 +45,7 @@ class HostExecutor:
         try:
             await controller.start()
             assert controller.start_up.error is None, controller.start_up.error
-            placement = await controller.wait_placement(newer_than=0, timeout_s=0)
+            placement = await controller.wait_placement("test", newer_than=0, timeout_s=0)
             assert placement is not None
             return placement
         finally:

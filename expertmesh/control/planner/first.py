@@ -1,4 +1,4 @@
-"""Where experts go: pure functions from an inventory to a placement's replicas."""
+"""Where experts go before any load is known, and what that needs of a host."""
 
 from __future__ import annotations
 

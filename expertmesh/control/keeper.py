@@ -1,0 +1,422 @@
+"""Keeps a mesh: the loop that learns what is the case, asks what should be, and takes the next steps.
+
+The decisions are not made here: `planner` says what is wanted, `reconciler` which step comes next, `scaling` how many
+hosts there should be; `ledger` and `load` know what is the case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from expertmesh.control import views
+from expertmesh.control.actions import Drop, Limits, Load, Publish, StopHost
+from expertmesh.control.capacity import check_drain
+from expertmesh.control.journal import Journal
+from expertmesh.control.ledger import Ledger
+from expertmesh.control.load import LoadMeter
+from expertmesh.control.members import ASK_EVERY_S, Members
+from expertmesh.control.note import Note
+from expertmesh.control.planner import PlanOptions
+from expertmesh.control.progress import Watchdog, moves
+from expertmesh.control.reconciler import reconcile
+from expertmesh.control.scaling import PoolPolicy, Scaler, StartHost
+from expertmesh.control.state import HostStatus
+from expertmesh.control.wanted import plan_experts
+from expertmesh.errors import CheckpointError, ConfigError, ExpertMeshError, ReplicaUnavailableError
+from expertmesh.hosts.configuration import configuration_for
+from expertmesh.ids import ExpertId, HostId
+from expertmesh.placement import Placement, TimeModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from expertmesh.checkpoint.recipe import CheckpointIndex
+    from expertmesh.clock import Clock
+    from expertmesh.config import MeshConfig, PoolSection
+    from expertmesh.control.actions import Action
+    from expertmesh.control.cluster import Cluster, HostControl, RunningHost
+    from expertmesh.control.reconciler import Steps
+    from expertmesh.control.state import Observed
+    from expertmesh.placement import HostInfo
+
+logger = logging.getLogger(__name__)
+
+MODELS_CHANGED = 0.3
+"""Routers are told anew how fast hosts are when one's time for a row has changed by this part."""
+MODELS_EVERY_S = 5.0
+
+
+class Keeper:
+    """Runs one mesh whose checkpoint is known, once it is brought up. All on one event loop."""
+
+    def __init__(
+        self,
+        config: MeshConfig,
+        index: CheckpointIndex,
+        cluster: Cluster,
+        connect: Callable[[HostInfo], HostControl],
+        clock: Clock,
+        published: Callable[[], None],
+    ) -> None:
+        """`published` is called when there is a new placement."""
+        self._config = config
+        self._index = index
+        self._cluster = cluster
+        self._clock = clock
+        self._tell = published
+        self._pools = {pool.name: pool for pool in config.pools}
+        self._configuration = configuration_for(index, config.model)
+        self._limits = Limits(min_replicas=config.experts.min_replicas)
+        self._options = PlanOptions(min_replicas=config.experts.min_replicas)
+        self._journal = Journal(clock)
+        self._meter = LoadMeter(self._configuration.layer_experts, half_life_s=config.experts.half_life_s)
+        self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs)
+        self._connect = connect
+        self._members = self._new_members()
+        self._scaler = Scaler(
+            [
+                PoolPolicy(pool=p.name, min_hosts=p.fewest_hosts, max_hosts=p.most_hosts, target=p.target)
+                for p in config.pools
+            ],
+            self._num_experts,
+            config.experts.min_replicas,
+        )
+        self._watchdog = Watchdog(self._now)
+        self._named = dict.fromkeys(self._pools, 0)
+        self._desired: Mapping[ExpertId, tuple[HostId, ...]] = {}
+        self._plan_at = 0.0
+        self._published_at = 0.0
+        self._broken: CheckpointError | None = None
+        """What the checkpoint lacks, found before the mesh was up."""
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.placement: Placement | None = None
+        """The current one."""
+
+    def _new_members(self) -> Members:
+        return Members(
+            self._cluster,
+            self._connect,
+            self._configuration,
+            self._ledger,
+            self._meter,
+            self._journal,
+            self._clock,
+            self._plan_soon,
+        )
+
+    # --- start -------------------------------------------------------------------------------------------------------
+
+    async def bring_up(self, show: Callable[[str, int, int], None]) -> None:
+        """Start the hosts, or find those of a controller before, and load what they are to hold first.
+
+        Raises ConfigError when a host does not start or the experts do not fit, CheckpointError when one cannot be
+        read.
+        """
+        found = await self._cluster.running()
+        if found:
+            await self._take_over(found)
+            return
+        wanted = [pool for pool in self._config.pools for _ in range(pool.hosts)]
+        done = 0
+
+        async def start(pool: PoolSection, host: HostId) -> None:
+            nonlocal done
+            await self._start_host(host, pool)
+            done += 1
+            show("starting hosts", done, len(wanted))
+
+        show("starting hosts", 0, len(wanted))
+        await asyncio.gather(*(start(pool, self._new_name(pool.name)) for pool in wanted))
+        self._plan("the first placement")
+        total = sum(map(len, self._desired.values()))
+        while self.placement is None:
+            steps = await self._turn()
+            if self._broken is not None:
+                raise self._broken
+            show("loading experts", max(0, total - steps.remaining), total)
+        self._spawn(self._keep())
+
+    async def _take_over(self, found: list[RunningHost]) -> None:
+        """Go on where the controller before this one stopped."""
+        self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs, restarted=True)
+        self._members = self._new_members()
+        note = Note.from_bytes(await self._cluster.saved())
+        if note is not None:
+            self._named |= note.named
+            self._ledger.adopt(note.epoch, note.replicas, self._now)
+            self._desired = note.replicas
+        for host in found:
+            self._named[host.pool] = max(self._named.get(host.pool, 0), _number(host.info.id) + 1)
+        await asyncio.gather(*(self._members.take_over(host) for host in found))
+        for host in found:
+            self._spawn(self._members.mourn(host.info.id))
+        if note is not None:
+            self.placement = self._placement(note.epoch, note.replicas)
+        self._journal.add("take over", f"a controller was here before: {len(found)} hosts run")
+        self._spawn(self._keep())
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await self._turn()
+            except Exception as error:  # a fault of ours must not leave the mesh without its keeper
+                logger.exception("a turn of the control loop failed")
+                self._journal.add("fault", f"{type(error).__name__}: {error}")
+                await asyncio.sleep(ASK_EVERY_S)
+
+    async def _turn(self) -> Steps:
+        """One look at everything, the steps that follow, and a pause until something may have changed."""
+        self._changed.clear()
+        now = self._now
+        for host in self._members.due():
+            self._spawn(self._members.ask(host))
+        self._meter.tick(now)
+        observed = self._ledger.observed(now)
+        self._scale(observed, now)
+        if now >= self._plan_at:
+            self._replan(now)
+        steps = reconcile(self._desired, observed, self._limits, now)
+        self._watchdog.turned(steps, now)
+        if steps.blocked:
+            self._journal.add("blocked", "; ".join(steps.blocked))
+            self._desired = dict(observed.current)
+        for action in steps.actions:
+            self._begin(action, now)
+        self._refresh_models(now)
+        pause_s = min(ASK_EVERY_S, max(0.0, steps.wake_at - self._now))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), pause_s)
+        return steps
+
+    def _scale(self, observed: Observed, now: float) -> None:
+        """Start and drain hosts as the pools need it."""
+        if self.placement is None:
+            return
+        for step in self._scaler.decide(self._members.pools(observed.hosts, self._batch_rows), now):
+            if isinstance(step, StartHost):
+                host = self._new_name(step.pool)
+                self._journal.add("start host", f"{host}: {step.why}")
+                self._spawn(self._start_another(host, self._pools[step.pool]))
+            else:
+                self._journal.add("drain host", f"{step.host}: {step.why}")
+                self._ledger.host_draining(step.host, now)
+                self._plan_soon()
+
+    def _replan(self, now: float) -> None:
+        self._plan_at = now + self._config.experts.replan_s
+        is_lost = any(host not in self._members for hosts in self._desired.values() for host in hosts)
+        if self.placement is None or not (self._config.experts.elastic or is_lost):
+            return
+        try:
+            self._plan("the load")
+        except ConfigError as error:
+            self._journal.add("short of slots", str(error))
+
+    def _plan(self, occasion: str) -> None:
+        """Ask the planner what is wanted, from what is measured."""
+        observed = self._ledger.observed(self._now)
+        supplies = [
+            views.supply(state, self._members[host].running, self._meter.rate(host, self._batch_rows))
+            for host, state in observed.hosts.items()
+            if state.status is HostStatus.READY and host in self._members
+        ]
+        wanted = plan_experts(self._configuration, supplies, self._meter.loads(), self._desired, self._options)
+        if wanted.replicas != self._desired:
+            self._desired = wanted.replicas
+            summary = (
+                f"{occasion}: {wanted.num_added} replicas more, {wanted.num_retired} fewer; the slowest host's time "
+                f"is {wanted.imbalance:.2f} of the ideal; survives the loss of any one {wanted.survives}"
+            )
+            self._journal.add("plan", summary, changes=[views.change(change) for change in wanted.changes])
+
+    def _plan_soon(self) -> None:
+        self._plan_at = 0.0
+        self._changed.set()
+
+    @property
+    def _batch_rows(self) -> float:
+        return self._meter.batch_rows() or 1.0
+
+    @property
+    def _num_experts(self) -> list[int]:
+        return [self._configuration.num_experts(shape) for shape in range(len(self._configuration.specs))]
+
+    # --- carrying out ------------------------------------------------------------------------------------------------
+
+    def _begin(self, action: Action, now: float) -> None:
+        self._ledger.begun(action, now)
+        if isinstance(action, Publish):
+            self._publish(action)
+        else:
+            self._spawn(self._carry_out(action))
+
+    def _publish(self, action: Publish) -> None:
+        self.placement = self._placement(action.epoch, action.replicas)
+        self._published_at = self._now
+        self._journal.add("publish", action.why, epoch=action.epoch)
+        note = Note(epoch=action.epoch, replicas=action.replicas, named=self._named)
+        self._spawn(self._cluster.save(note.to_bytes()))
+        self._tell()
+
+    def _placement(self, epoch: int, replicas: Mapping[ExpertId, tuple[HostId, ...]]) -> Placement:
+        models = self._time_models()
+        hosts = tuple(replace(self._members[host].running.info, time_model=models[host]) for host in self._members)
+        return Placement(
+            epoch=epoch,
+            hosts=hosts,
+            num_experts=self._configuration.layer_experts,
+            replicas={expert: tuple(host for host in of if host in self._members) for expert, of in replicas.items()},
+        )
+
+    def _time_models(self) -> dict[HostId, TimeModel]:
+        """How fast every host is; one that is not measured yet is taken for a usual one."""
+        known = {host: self._meter.time_model(host) for host in self._members}
+        usual = views.usual(model for model in known.values() if model is not None)
+        return {host: model or usual for host, model in known.items()}
+
+    def _refresh_models(self, now: float) -> None:
+        """Tell routers anew how fast hosts are, when that is not what they were told."""
+        if self.placement is None or now < self._published_at + MODELS_EVERY_S:
+            return
+        models = self._time_models()
+        told = {host.id: host.time_model for host in self.placement.hosts}
+        if any(views.differ(models[host], told[host], MODELS_CHANGED) for host in models.keys() & told.keys()):
+            newest = self._ledger.observed(now).newest_epoch
+            self._begin(
+                Publish(epoch=newest + 1, replicas=self.placement.replicas, why="hosts are as fast as measured"), now
+            )
+
+    async def _carry_out(self, action: Load | Drop | StopHost) -> None:
+        """Do it, and tell the ledger how it went."""
+        try:
+            async with asyncio.timeout(max(0.0, action.deadline - self._now)):
+                await self._do(action)
+        except (ExpertMeshError, TimeoutError) as error:
+            cause = str(error) or "no answer before the deadline"
+            self._ledger.failed(action, cause, self._now)
+            self._journal.add("failed", f"{action.key}: {cause}")
+            if self.placement is None and isinstance(error, CheckpointError):
+                self._broken = error
+        else:
+            self._ledger.done(action, self._now)
+        self._changed.set()
+
+    async def _do(self, action: Load | Drop | StopHost) -> None:
+        if action.host not in self._members:
+            raise ReplicaUnavailableError(action.host, "it is gone")
+        member = self._members[action.host]
+        if isinstance(action, Load):
+            await member.control.load(action.expert, self._index.recipes[action.expert])
+        elif isinstance(action, Drop):
+            await member.control.drop(action.expert, not_after_s=member.host_time(action.deadline))
+        else:
+            await self._cluster.stop(action.host)
+
+    # --- hosts -------------------------------------------------------------------------------------------------------
+
+    def _new_name(self, pool: str) -> HostId:
+        number = self._named[pool]
+        self._named[pool] += 1
+        return HostId(f"{pool}-{number}")
+
+    async def _start_host(self, host: HostId, pool: PoolSection) -> None:
+        await self._members.start(host, pool)
+        self._spawn(self._members.mourn(host))
+
+    async def _start_another(self, host: HostId, pool: PoolSection) -> None:
+        """Start a host while the mesh runs. Should it fail, the scaler asks for another in a while."""
+        began = self._now
+        try:
+            await self._start_host(host, pool)
+        except ExpertMeshError as error:
+            self._scaler.start_failed(pool.name, self._now)
+            self._journal.add("failed", f"start of {host}: {error}")
+        else:
+            self._scaler.start_succeeded(pool.name)
+            self._journal.add("host ready", f"{host}, after {self._now - began:.1f} s")
+
+    # --- what others ask ---------------------------------------------------------------------------------------------
+
+    def router_uses(self, router: str, epoch: int) -> None:
+        """A router holds the placement of this epoch; 0: none yet."""
+        self._ledger.router_uses(router, epoch, self._now)
+        self._changed.set()
+
+    async def report(self, what: str) -> Any:
+        """The JSON behind /mesh/WHAT: hosts, placement, load, decisions or moves. Of loads and hosts, as of now."""
+        if what in ("hosts", "load"):
+            await asyncio.gather(*(self._members.ask(host) for host in self._members))
+        observed = self._ledger.observed(self._now)
+        if what == "placement":
+            return self.placement.to_json() if self.placement else {}
+        if what == "decisions":
+            return self._journal.entries()
+        if what == "moves":
+            return {
+                "moves": [views.move(move, self._now) for move in moves(observed)],
+                "alarm": self._watchdog.alarm(self._now),
+            }
+        if what == "hosts":
+            return [
+                views.host(observed.hosts.get(host), self._members[host], self._meter.time_model(host))
+                for host in self._members
+            ]
+        assert what == "load", what
+        return {"layers": self._meter.totals(), "per_second": self._meter.loads()}
+
+    def order(self, what: str, values: dict[str, Any]) -> Any:
+        """What an operator asks for. Raises ConfigError when it cannot be."""
+        now = self._now
+        if what == "scale":
+            self._scaler.scale(values["pool"], values["hosts"], now)
+            self._journal.add("asked", f"scale pool {values['pool']} to {values['hosts']} hosts")
+        elif what == "auto":
+            self._scaler.auto(values["pool"])
+            self._journal.add("asked", f"pool {values['pool']} follows its load again")
+        elif what == "drain":
+            host = HostId(values["host"])
+            check_drain(host, self._ledger.observed(now), self._num_experts, self._limits.min_replicas)
+            self._ledger.host_draining(host, now)
+            self._journal.add("asked", f"drain host {host}")
+        else:
+            assert what == "rebalance", what
+            self._journal.add("asked", "rebalance")
+        self._plan_soon()
+        return {"accepted": True}
+
+    async def stop(self) -> None:
+        """End all hosts, and whatever is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._members.close()
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> float:
+        return self._clock.monotonic()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the controller failed", exc_info=error)
+        self._changed.set()
+
+
+def _number(host: HostId) -> int:
+    """The number at the end of a host's name."""
+    tail = host.rpartition("-")[2]
+    return int(tail) if tail.isdecimal() else 0

@@ -1,0 +1,189 @@
+"""The controller's lines to its hosts: starts them, asks them what they do, notices when they end.
+
+Feeds the ledger and the load meter; decides nothing. Its invariant: a host is a member from the moment that it runs
+until its process has ended, and the ledger knows of both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from expertmesh.control.scaling import PoolHost
+from expertmesh.control.state import HostStatus, ReplicaStatus
+from expertmesh.errors import ExpertMeshError, ReplicaUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from expertmesh.clock import Clock
+    from expertmesh.config import PoolSection
+    from expertmesh.control.cluster import Cluster, HostControl, RunningHost
+    from expertmesh.control.journal import Journal
+    from expertmesh.control.ledger import Ledger
+    from expertmesh.control.load import LoadMeter
+    from expertmesh.control.state import HostState
+    from expertmesh.hosts.configuration import HostConfiguration
+    from expertmesh.hosts.statistics import HostStatistics
+    from expertmesh.ids import HostId
+    from expertmesh.placement import HostInfo
+
+ASK_EVERY_S = 0.5
+UNREACHABLE_S = 3.0
+"""A host that has not said for so long what it does is taken to be unreachable."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A host that runs."""
+
+    running: RunningHost
+    control: HostControl
+    heard_at: float
+    """When its last report arrived."""
+    statistics: HostStatistics | None = None
+    busy: float = 0.0
+    """Share of the time between its last two reports that it computed."""
+    is_asked: bool = False
+    """Whether an answer is under way."""
+
+    def host_time(self, at: float) -> float:
+        """Our time `at` by the host's own clock, or a little earlier."""
+        assert self.statistics is not None
+        return self.statistics.at_s + at - self.heard_at
+
+
+class Members:
+    """All hosts that run or are being started."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        connect: Callable[[HostInfo], HostControl],
+        configuration: HostConfiguration,
+        ledger: Ledger,
+        meter: LoadMeter,
+        journal: Journal,
+        clock: Clock,
+        changed: Callable[[], None],
+    ) -> None:
+        """`changed` is called when there is something new to act on: a host has come or gone."""
+        self._cluster = cluster
+        self._connect = connect
+        self._configuration = configuration
+        self._ledger = ledger
+        self._meter = meter
+        self._journal = journal
+        self._clock = clock
+        self._changed = changed
+        self._members: dict[HostId, Member] = {}
+        self._starting: dict[HostId, str] = {}
+
+    def __getitem__(self, host: HostId) -> Member:
+        return self._members[host]
+
+    def __contains__(self, host: HostId) -> bool:
+        return host in self._members
+
+    def __iter__(self) -> Iterator[HostId]:
+        return iter(sorted(self._members))
+
+    async def start(self, host: HostId, pool: PoolSection) -> None:
+        """Start a host and prepare it for the model. Raises what went wrong."""
+        self._starting[host] = pool.name
+        try:
+            running = await self._cluster.start(host, pool)
+            control = self._connect(running.info)
+            try:
+                await control.configure(self._configuration)
+            except ExpertMeshError:
+                await control.close()
+                await self._cluster.stop(host)
+                raise
+            self._welcome(running, control)
+        finally:
+            del self._starting[host]
+        await self.ask(host)
+        self._changed()
+
+    async def take_over(self, running: RunningHost) -> None:
+        """A host that a controller before this one started."""
+        self._welcome(running, self._connect(running.info))
+        await self.ask(running.info.id)
+
+    def _welcome(self, running: RunningHost, control: HostControl) -> None:
+        now = self._clock.monotonic()
+        self._members[running.info.id] = Member(running, control, heard_at=now)
+        self._ledger.host_started(running.info.id, now)
+
+    async def mourn(self, host: HostId) -> None:
+        """Wait for the end of a host's process, and forget it then."""
+        cause = await self._cluster.ended(host)
+        member = self._members.pop(host, None)
+        if member is None:
+            return
+        self._journal.add("host ended", f"{host}: {cause}")
+        self._ledger.host_gone(host)
+        self._meter.forget(host)
+        self._changed()
+        await member.control.close()
+
+    def due(self) -> list[HostId]:
+        """The hosts whose report is due, each to be passed to `ask`; marks those that have been silent for long."""
+        now = self._clock.monotonic()
+        due = []
+        for host, member in self._members.items():
+            if now - member.heard_at > UNREACHABLE_S:
+                self._ledger.host_unreachable(host, now)
+            if not member.is_asked and now - member.heard_at >= ASK_EVERY_S:
+                due.append(host)
+        return due
+
+    async def ask(self, host: HostId) -> None:
+        """Hear from a host what it holds and has done."""
+        if (member := self._members.get(host)) is None:
+            return
+        member.is_asked = True
+        asked_at = self._clock.monotonic()
+        try:
+            async with asyncio.timeout(UNREACHABLE_S):
+                statistics = await member.control.statistics()
+        except (ReplicaUnavailableError, TimeoutError):
+            return
+        finally:
+            member.is_asked = False
+        before = member.statistics
+        if before is not None and statistics.at_s > before.at_s:
+            member.busy = (statistics.busy_s - before.busy_s) / (statistics.at_s - before.at_s)
+        member.statistics, member.heard_at = statistics, self._clock.monotonic()
+        self._ledger.report(host, statistics.slots, [expert for expert, _ in statistics.replicas], asked_at)
+        self._meter.observe(host, statistics)
+
+    def pools(self, states: Mapping[HostId, HostState], batch_rows: float) -> dict[str, list[PoolHost]]:
+        """All hosts as scaling sees them."""
+        pools: dict[str, list[PoolHost]] = {}
+        for host, pool in self._starting.items():
+            pools.setdefault(pool, []).append(PoolHost(host=host, status=HostStatus.STARTING))
+        for host, member in self._members.items():
+            if (state := states.get(host)) is None:
+                continue
+            ready = sum(replica.status is ReplicaStatus.READY for replica in state.replicas.values())
+            pools.setdefault(member.running.pool, []).append(
+                PoolHost(
+                    host=host,
+                    status=state.status,
+                    slots=state.slots,
+                    replicas=ready,
+                    busy=member.busy,
+                    rate=self._meter.rate(host, batch_rows),
+                )
+            )
+        return pools
+
+    async def close(self) -> None:
+        """End all hosts."""
+        members, self._members = self._members, {}
+        for host, member in members.items():
+            await member.control.close()
+            await self._cluster.stop(host)

@@ -1,0 +1,130 @@
+"""A placement while it is worked on: who holds what, which slots are free, and how long each layer takes.
+
+Invariant: no host holds more replicas than it has slots, and none of an expert twice; hosts are in ascending order.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from expertmesh.control.planner.fleet import Fleet
+from expertmesh.control.planner.values import Loads
+from expertmesh.levelling import Levels
+
+Layout = list[list[int]]
+"""The hosts of each expert of one layer."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """All layers, over one budget of slots."""
+
+    fleet: Fleet
+    loads: Loads
+    min_replicas: int
+    layers: list[Layout]
+    free: list[int] = field(init=False)
+    """Usable slots of each host without a replica."""
+    changes: int = 0
+    """Counts them, so that it can be seen whether there were any."""
+    _times: dict[int, LayerTimes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.free = list(self.fleet.slots)
+        for layout in self.layers:
+            for hosts in layout:
+                for host in hosts:
+                    self.free[host] -= 1
+
+    def add(self, layer: int, expert: int, host: int) -> None:
+        bisect.insort(self.layers[layer][expert], host)
+        self.free[host] -= 1
+        self._changed(layer)
+
+    def drop(self, layer: int, expert: int, host: int) -> None:
+        self.layers[layer][expert].remove(host)
+        self.free[host] += 1
+        self._changed(layer)
+
+    def replace(self, layer: int, layout: Layout) -> None:
+        """Exchange a whole layer."""
+        for sign, old in ((1, self.layers[layer]), (-1, layout)):
+            for hosts in old:
+                for host in hosts:
+                    self.free[host] += sign
+        self.layers[layer] = layout
+        self._changed(layer)
+
+    def _changed(self, layer: int) -> None:
+        self.changes += 1
+        self._times.pop(layer, None)
+
+    def times(self, layer: int) -> LayerTimes:
+        """What a layer takes with the best split of its experts' loads."""
+        if layer not in self._times:
+            self._times[layer] = times = LayerTimes(self.fleet, self.loads[layer], self.layers[layer])
+            times.settle()
+        return self._times[layer]
+
+    def can_lose(self, hosts: Sequence[int], host: int) -> bool:
+        """Whether an expert on `hosts` is as safe as it must be without this one."""
+        return len(hosts) > self.min_replicas and self.fleet.spans(other for other in hosts if other != host)
+
+
+class LayerTimes:
+    """What one layer's experts take on their hosts, with the best split."""
+
+    def __init__(self, fleet: Fleet, loads: Sequence[float], layout: Layout) -> None:
+        self._fleet = fleet
+        self.work = [0.0] * len(fleet.ids)
+        """Rows per second of each host."""
+        self.is_stranded = False
+        """Whether an expert with load is nowhere, or only where nothing is ever done."""
+        self.experts: list[int] = []
+        """Those that have a choice of host, as `levels` numbers them."""
+        choices: list[list[int]] = []
+        is_all_working = min(fleet.rate) > 0
+        for expert, hosts in enumerate(layout):
+            useful = hosts if is_all_working else [host for host in hosts if fleet.rate[host] > 0]
+            if len(useful) == 1:
+                self.work[useful[0]] += loads[expert]
+            elif useful:
+                self.experts.append(expert)
+                choices.append(useful)
+            elif loads[expert] > 0:
+                self.is_stranded = True
+        # A host of rate 0 has no work here; any positive rate keeps the arithmetic whole.
+        rate = fleet.rate if is_all_working else [x or 1e-300 for x in fleet.rate]
+        self.levels = Levels([loads[e] for e in self.experts], choices, self.work, rate)
+
+    def settle(self) -> float:
+        """The least time that the slowest host can have, over all fractional splits: exact."""
+        self.levels.settle()
+        return self.slowest()
+
+    def slowest(self) -> float:
+        """The slowest host's time with the split as it is now."""
+        if self.is_stranded:
+            return float("inf")
+        return max((work / rate for work, rate in zip(self.work, self._fleet.rate, strict=True) if rate), default=0.0)
+
+    def shares(self, expert_hosts: Layout, loads: Sequence[float]) -> list[dict[int, float]]:
+        """Per expert, the part of its load that each of its hosts takes."""
+        split = [dict.fromkeys(hosts, 1 / len(hosts)) for hosts in expert_hosts]
+        for expert, given in zip(self.experts, self.levels.given, strict=True):
+            if loads[expert] > 0:
+                split[expert] = _normal(given, expert_hosts[expert])
+        return split
+
+
+def _normal(given: dict[int, float], hosts: Iterable[int]) -> dict[int, float]:
+    parts = {host: max(0.0, given.get(host, 0.0)) for host in hosts}
+    total = sum(parts.values())
+    return {host: part / total for host, part in parts.items()}
+
+
+def num_moves(before: Layout, after: Layout) -> int:
+    """Replicas of `after` that are not there before."""
+    return sum(host not in old for old, new in zip(before, after, strict=True) for host in new)

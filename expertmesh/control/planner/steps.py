@@ -1,0 +1,153 @@
+"""Relieve the slowest hosts of a layer, one replica at a time.
+
+The hosts that are too slow, with all hosts that their rows could flow to, are a closed set: nothing helps but a
+replica outside of it. Each step puts one expert of the set on a host outside: into a free slot, else in the place of
+a replica that is not needed, else in exchange for a colder expert. What counts is how many rows cannot be done in
+time; it is computed exactly, and a step that does not lower it is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from expertmesh.control.planner.copies import earns_another, heat_unit
+from expertmesh.control.planner.draft import Draft, LayerTimes, Layout
+
+_TRIED = 3
+"""Experts of a closed set that each kind of step is tried with, and hosts outside of it."""
+_WORTHWHILE = 0.05
+"""Part of the rows above the goal that a step should relieve; other kinds of step are tried first if it does not."""
+
+
+def relieve(draft: Draft, layer: int, goal: float) -> Layout:
+    """A layout whose slowest host takes `goal` or as little above it as steps lead to. `draft` stays as it is."""
+    trial = _Trial(draft, layer, goal)
+    for _ in range(2 * len(draft.fleet.ids)):
+        if not trial.stuck or not trial.step():
+            break
+    return trial.layout
+
+
+class _Trial:
+    """One layer while steps are tried on it."""
+
+    def __init__(self, draft: Draft, layer: int, goal: float) -> None:
+        self._draft = draft
+        self._fleet = draft.fleet
+        self._loads = draft.loads[layer]
+        self._goal = goal
+        self._unit = heat_unit(self._loads, draft.fleet.num_working)
+        self._free = list(draft.free)
+        self.layout = [list(hosts) for hosts in draft.layers[layer]]
+        self._times, self.stuck, self._above = self._measure(self.layout)
+
+    def _measure(self, layout: Layout) -> tuple[LayerTimes, set[int], float]:
+        """With rows pushed below the goal as far as they go: the closed set above it, and the rows above it."""
+        times = LayerTimes(self._fleet, self._loads, layout)
+        stuck = set(times.levels.relieve(self._goal))
+        return times, stuck, sum(max(0.0, times.work[h] - self._goal * self._fleet.rate[h]) for h in stuck)
+
+    def step(self) -> bool:
+        """Take the best step of the first kind that is worthwhile; whether there was any that helps."""
+        best: tuple[float, Layout] | None = None
+        for kind in (self._additions, self._replacements, self._exchanges):
+            for layout in kind():
+                above = self._measure(layout)[2]
+                if best is None or above < best[0]:
+                    best = above, layout
+            if best is not None and best[0] < self._above * (1 - _WORTHWHILE):
+                break
+        if best is None or best[0] >= self._above * (1 - 1e-6):
+            return False
+        for hosts, sign in ((self.layout, 1), (best[1], -1)):
+            for of in hosts:
+                for host in of:
+                    self._free[host] += sign
+        self.layout = best[1]
+        self._times, self.stuck, self._above = self._measure(self.layout)
+        return True
+
+    def _confined(self) -> list[int]:
+        """Experts that only hosts of the closed set hold, hottest first."""
+        inside = [e for e, hosts in enumerate(self.layout) if hosts and self.stuck.issuperset(hosts) and self._loads[e]]
+        return sorted(inside, key=lambda e: (-self._loads[e], e))
+
+    def _slack(self, host: int) -> float:
+        """Rows that a host outside could take on."""
+        return self._goal * self._fleet.rate[host] - self._times.work[host]
+
+    def _outside(self) -> list[int]:
+        """Hosts outside of the closed set, most slack first."""
+        hosts = (h for h, rate in enumerate(self._fleet.rate) if rate > 0 and h not in self.stuck)
+        return sorted(hosts, key=lambda h: (-self._slack(h), h))
+
+    def _with(self, *changes: tuple[int, Sequence[int]]) -> Layout | None:
+        """The layout with other hosts for some experts; None if these would be less safe than now."""
+        layout = list(self.layout)
+        for expert, hosts in changes:
+            if self._fleet.spans(layout[expert]) and not self._fleet.spans(hosts):
+                return None
+            layout[expert] = sorted(hosts)
+        return layout
+
+    def _additions(self) -> Iterator[Layout]:
+        """Into free slots: another replica of a hot expert, the only one of another."""
+        room = [host for host in self._outside() if self._free[host] > 0]
+        if not room:
+            return
+        host = room[0]
+        confined = self._confined()
+        for expert in confined[:_TRIED]:
+            yield from self._valid((expert, (*self.layout[expert], host)))
+        # Whole experts, where the slack is enough for them: no slot more is used.
+        movable = [e for e in confined if len(self.layout[e]) == 1 and self._loads[e] <= self._slack(host)]
+        for expert in movable[:_TRIED]:
+            if not earns_another(self._loads[expert], 1, self._unit):
+                yield from self._valid((expert, (host,)))
+
+    def _replacements(self) -> Iterator[Layout]:
+        """In the place of replicas that others of the same expert can make up for, coldest first."""
+        found = 0
+        for host in self._outside():
+            spare = [
+                e for e, hosts in enumerate(self.layout) if host in hosts and self._draft.can_lose(hosts, host)
+            ]
+            if not spare:
+                continue
+            given_up = min(spare, key=lambda e: (self._loads[e] / (len(self.layout[e]) - 1), e))
+            rest = [other for other in self.layout[given_up] if other != host]
+            for expert in self._confined()[:_TRIED]:
+                yield from self._valid((given_up, rest), (expert, (*self.layout[expert], host)))
+            found += 1
+            if found == _TRIED:
+                return
+
+    def _exchanges(self) -> Iterator[Layout]:
+        """An expert of the hosts furthest above the goal for a colder one of a host outside."""
+        over = sorted(self.stuck, key=lambda h: (self._goal * self._fleet.rate[h] - self._times.work[h], h))
+        for busy in over[:_TRIED]:
+            mine = [e for e, hosts in enumerate(self.layout) if hosts == [busy] or len(hosts) > 1 and busy in hosts]
+            for other in self._outside()[:_TRIED]:
+                theirs = [e for e, hosts in enumerate(self.layout) if other in hosts and busy not in hosts]
+                colder = sorted(theirs, key=lambda e: (self._loads[e] / len(self.layout[e]), e))[:1]
+                for cold in colder:
+                    fitting = [
+                        e
+                        for e in mine
+                        if other not in self.layout[e]
+                        and 0 < self._part(e) - self._part(cold) <= self._slack(other)
+                    ]
+                    if fitting:
+                        hot = max(fitting, key=lambda e: (self._part(e), -e))
+                        yield from self._valid(
+                            (hot, [other if h == busy else h for h in self.layout[hot]]),
+                            (cold, [busy if h == other else h for h in self.layout[cold]]),
+                        )
+
+    def _part(self, expert: int) -> float:
+        return self._loads[expert] / len(self.layout[expert])
+
+    def _valid(self, *changes: tuple[int, Sequence[int]]) -> Iterator[Layout]:
+        layout = self._with(*changes)
+        if layout is not None:
+            yield layout
