@@ -23,10 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TimeModel:
-    """How long a host takes, as measured: a launch of n rows needs launch_s + n * row_s seconds."""
+    """How long a host takes, as measured: so much for a launch, for each distinct expert in it, and for each row."""
 
     launch_s: float = 0.0
     row_s: float = 1.0
+    expert_s: float = 0.0
+    """What reading one more expert's weights costs: at few rows, most of the time."""
+
+    def seconds(self, rows: float, experts: float) -> float:
+        """Of one launch."""
+        return self.launch_s + experts * self.expert_s + rows * self.row_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,27 +174,41 @@ class ExpertLoad(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class StatisticsReply(_message.Message):
-    __slots__ = ("slots", "memory_bytes", "replicas", "launches", "rows", "busy_s", "streams", "process_id", "at_s", "rows_squared", "rows_busy_s")
+    __slots__ = ("slots", "memory_bytes", "replicas", "done", "streams", "process_id", "at_s")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
-    LAUNCHES_FIELD_NUMBER: _ClassVar[int]
-    ROWS_FIELD_NUMBER: _ClassVar[int]
-    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     AT_S_FIELD_NUMBER: _ClassVar[int]
-    ROWS_SQUARED_FIELD_NUMBER: _ClassVar[int]
-    ROWS_BUSY_S_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
     memory_bytes: int
     replicas: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
-    launches: int
-    rows: int
-    busy_s: float
+    done: LaunchSums
     streams: int
     process_id: int
     at_s: float
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., done: _Optional[_Union[LaunchSums, _Mapping]] = ..., streams: _Optional[int] = ..., process_id: _Optional[int] = ..., at_s: _Optional[float] = ...) -> None: ...
+
+class LaunchSums(_message.Message):
+    __slots__ = ("launches", "experts", "rows", "busy_s", "experts_squared", "experts_rows", "rows_squared", "experts_busy_s", "rows_busy_s")
+    LAUNCHES_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    ROWS_BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    launches: float
+    experts: float
+    rows: float
+    busy_s: float
+    experts_squared: float
+    experts_rows: float
     rows_squared: float
+    experts_busy_s: float
     rows_busy_s: float
-    def __init__(self, slots: _Optional[_Iterable[int]] = ..., memory_bytes: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., launches: _Optional[int] = ..., rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., streams: _Optional[int] = ..., process_id: _Optional[int] = ..., at_s: _Optional[float] = ..., rows_squared: _Optional[float] = ..., rows_busy_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, launches: _Optional[float] = ..., experts: _Optional[float] = ..., rows: _Optional[float] = ..., busy_s: _Optional[float] = ..., experts_squared: _Optional[float] = ..., experts_rows: _Optional[float] = ..., rows_squared: _Optional[float] = ..., experts_busy_s: _Optional[float] = ..., rows_busy_s: _Optional[float] = ...) -> None: ...

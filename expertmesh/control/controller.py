@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.control.keeper import Keeper
-from expertmesh.errors import ConfigError, ExpertMeshError
+from expertmesh.errors import ExpertMeshError, NoControllerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,13 +112,21 @@ class Controller:
         return await self._running().report(what)
 
     async def order(self, what: str, values: dict[str, Any]) -> Any:
-        """Do what an operator asks for: scale, auto, drain or rebalance. Raises ConfigError when it cannot be."""
+        """Do what an operator asks for: scale, auto, drain or rebalance.
+
+        Raises ConfigError when it cannot be, BusyError when not just now.
+        """
         return self._running().order(what, values)
 
     def _running(self) -> Keeper:
         if self._keeper is None:
-            raise ConfigError("the mesh is still starting; ask again when it is ready")
+            raise NoControllerError("the mesh is still starting; ask again when it is ready")
         return self._keeper
+
+    async def leave(self) -> None:
+        """Stop controlling; the hosts go on, for the controller that follows."""
+        if self._keeper is not None:
+            await self._keeper.leave()
 
     async def stop(self) -> None:
         """End all hosts."""

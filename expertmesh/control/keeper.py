@@ -24,6 +24,7 @@ from expertmesh.control.planner import PlanOptions
 from expertmesh.control.progress import Watchdog, moves
 from expertmesh.control.reconciler import reconcile
 from expertmesh.control.scaling import PoolPolicy, Scaler, StartHost
+from expertmesh.control.speed import SpeedMeter
 from expertmesh.control.state import HostStatus
 from expertmesh.control.wanted import plan_experts
 from expertmesh.errors import CheckpointError, ConfigError, ExpertMeshError, ReplicaUnavailableError
@@ -74,6 +75,7 @@ class Keeper:
         self._options = PlanOptions(min_replicas=config.experts.min_replicas)
         self._journal = Journal(clock)
         self._meter = LoadMeter(self._configuration.layer_experts, half_life_s=config.experts.half_life_s)
+        self._speeds = SpeedMeter()
         self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs)
         self._connect = connect
         self._members = self._new_members()
@@ -104,6 +106,7 @@ class Keeper:
             self._configuration,
             self._ledger,
             self._meter,
+            self._speeds,
             self._journal,
             self._clock,
             self._plan_soon,
@@ -199,7 +202,7 @@ class Keeper:
         """Start and drain hosts as the pools need it."""
         if self.placement is None:
             return
-        for step in self._scaler.decide(self._members.pools(observed.hosts, self._batch_rows), now):
+        for step in self._scaler.decide(self._members.pools(observed.hosts), now):
             if isinstance(step, StartHost):
                 host = self._new_name(step.pool)
                 self._journal.add("start host", f"{host}: {step.why}")
@@ -223,7 +226,7 @@ class Keeper:
         """Ask the planner what is wanted, from what is measured."""
         observed = self._ledger.observed(self._now)
         supplies = [
-            views.supply(state, self._members[host].running, self._meter.rate(host, self._batch_rows))
+            views.supply(state, self._members[host].running, self._speeds.rate(host))
             for host, state in observed.hosts.items()
             if state.status is HostStatus.READY and host in self._members
         ]
@@ -239,10 +242,6 @@ class Keeper:
     def _plan_soon(self) -> None:
         self._plan_at = 0.0
         self._changed.set()
-
-    @property
-    def _batch_rows(self) -> float:
-        return self._meter.batch_rows() or 1.0
 
     @property
     def _num_experts(self) -> list[int]:
@@ -277,7 +276,7 @@ class Keeper:
 
     def _time_models(self) -> dict[HostId, TimeModel]:
         """How fast every host is; one that is not measured yet is taken for a usual one."""
-        known = {host: self._meter.time_model(host) for host in self._members}
+        known = {host: self._speeds.time_model(host) for host in self._members}
         usual = views.usual(model for model in known.values() if model is not None)
         return {host: model or usual for host, model in known.items()}
 
@@ -365,11 +364,17 @@ class Keeper:
             }
         if what == "hosts":
             return [
-                views.host(observed.hosts.get(host), self._members[host], self._meter.time_model(host))
+                views.host(
+                    observed.hosts.get(host),
+                    self._members[host],
+                    self._speeds.time_model(host),
+                    self._speeds.rate(host),
+                )
                 for host in self._members
             ]
         assert what == "load", what
-        return {"layers": self._meter.totals(), "per_second": self._meter.loads()}
+        rates = {host: self._speeds.rate(host) for host in self._members}
+        return {"layers": self._meter.totals()} | views.load(self.placement, self._meter.loads(), rates)
 
     def order(self, what: str, values: dict[str, Any]) -> Any:
         """What an operator asks for. Raises ConfigError when it cannot be."""
@@ -391,12 +396,18 @@ class Keeper:
         self._plan_soon()
         return {"accepted": True}
 
-    async def stop(self) -> None:
-        """End all hosts, and whatever is under way."""
+    async def leave(self) -> None:
+        """End whatever is under way, and leave the hosts to the controller that follows."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._members.close()
+        await self._members.leave()
+
+    async def stop(self) -> None:
+        """End everything, the hosts too."""
+        hosts = list(self._members)
+        await self.leave()
+        await asyncio.gather(*(self._cluster.stop(host) for host in hosts))
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 

@@ -80,8 +80,8 @@ class Ledger:
 
     def host_draining(self, host: HostId, now: float, *, draining: bool = True) -> None:
         """The host is to be emptied and stopped; or, with draining=False, is to stay after all."""
-        known = self._hosts[host]
-        if known.is_draining != draining:
+        known = self._hosts.get(host)
+        if known is not None and known.is_draining != draining:
             known.is_draining, known.since = draining, now
 
     def host_unreachable(self, host: HostId, now: float) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from expertmesh.control.journal import Journal
     from expertmesh.control.ledger import Ledger
     from expertmesh.control.load import LoadMeter
+    from expertmesh.control.speed import SpeedMeter
     from expertmesh.control.state import HostState
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.hosts.statistics import HostStatistics
@@ -64,6 +65,7 @@ class Members:
         configuration: HostConfiguration,
         ledger: Ledger,
         meter: LoadMeter,
+        speeds: SpeedMeter,
         journal: Journal,
         clock: Clock,
         changed: Callable[[], None],
@@ -74,6 +76,7 @@ class Members:
         self._configuration = configuration
         self._ledger = ledger
         self._meter = meter
+        self._speeds = speeds
         self._journal = journal
         self._clock = clock
         self._changed = changed
@@ -126,6 +129,7 @@ class Members:
         self._journal.add("host ended", f"{host}: {cause}")
         self._ledger.host_gone(host)
         self._meter.forget(host)
+        self._speeds.forget(host)
         self._changed()
         await member.control.close()
 
@@ -155,12 +159,13 @@ class Members:
             member.is_asked = False
         before = member.statistics
         if before is not None and statistics.at_s > before.at_s:
-            member.busy = (statistics.busy_s - before.busy_s) / (statistics.at_s - before.at_s)
+            member.busy = (statistics.done.busy_s - before.done.busy_s) / (statistics.at_s - before.at_s)
         member.statistics, member.heard_at = statistics, self._clock.monotonic()
         self._ledger.report(host, statistics.slots, [expert for expert, _ in statistics.replicas], asked_at)
-        self._meter.observe(host, statistics)
+        self._meter.observe(host, statistics.at_s, statistics.replicas)
+        self._speeds.observe(host, member.running.pool, statistics.at_s, statistics.done)
 
-    def pools(self, states: Mapping[HostId, HostState], batch_rows: float) -> dict[str, list[PoolHost]]:
+    def pools(self, states: Mapping[HostId, HostState]) -> dict[str, list[PoolHost]]:
         """All hosts as scaling sees them."""
         pools: dict[str, list[PoolHost]] = {}
         for host, pool in self._starting.items():
@@ -176,14 +181,12 @@ class Members:
                     slots=state.slots,
                     replicas=ready,
                     busy=member.busy,
-                    rate=self._meter.rate(host, batch_rows),
+                    rate=self._speeds.rate(host),
                 )
             )
         return pools
 
-    async def close(self) -> None:
-        """End all hosts."""
+    async def leave(self) -> None:
+        """Hang up on all hosts."""
         members, self._members = self._members, {}
-        for host, member in members.items():
-            await member.control.close()
-            await self._cluster.stop(host)
+        await asyncio.gather(*(member.control.close() for member in members.values()))

@@ -6,6 +6,7 @@ Its invariant: an expert that has a ready replica is named with one, and a named
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from expertmesh.control.actions import Drop, Publish, StopHost
@@ -24,6 +25,8 @@ class Publication:
     def __init__(self, view: View) -> None:
         self._view = view
         self._observed = view.observed
+        self._silent = {host.id for host in view.hosts if host.status in (HostStatus.STARTING, HostStatus.UNREACHABLE)}
+        """The hosts that may hold anything: they do not say."""
         self.replicas = self._replicas()
         """What a placement should name now, in a fixed order."""
 
@@ -37,8 +40,12 @@ class Publication:
         named: dict[ExpertId, set[HostId]] = {}
         spare: dict[HostId, list[ExpertId]] = defaultdict(list)
         for expert, ready in view.ready.items():
+            unwanted = view.unwanted(expert)
+            if not unwanted:
+                named[expert] = set(ready)
+                continue
             # What routers use already goes first: to name another in its place would only cost an epoch.
-            unwanted = sorted(view.unwanted(expert), key=lambda host: (not view.is_named(expert, host), host))
+            unwanted.sort(key=lambda host: (not view.is_named(expert, host), host))
             num_ready = len(ready) - len(unwanted)
             num_wanted = len(view.desired.get(expert, ()))
             least = min(view.limits.min_replicas, num_wanted or view.limits.min_replicas)
@@ -51,8 +58,8 @@ class Publication:
                 named[expert].add(host)
         for expert, hosts in self._observed.current.items():
             if expert not in named:  # one that may answer again is better than none
-                named[expert] = {host for host in hosts if self._is_unreachable(host)}
-        return {expert: tuple(sorted(hosts)) for expert, hosts in sorted(named.items()) if hosts}
+                named[expert] = {host for host in hosts if host in self._silent}
+        return {expert: tuple(sorted(named[expert])) for expert in sorted(named) if named[expert]}
 
     def _affordable(
         self, named: Mapping[ExpertId, set[HostId]], spare: Mapping[HostId, list[ExpertId]]
@@ -77,21 +84,19 @@ class Publication:
                     affordable[host].append(expert)
         return affordable
 
-    def _is_unreachable(self, host: HostId) -> bool:
-        known = self._observed.hosts.get(host)
-        return known is not None and known.status is HostStatus.UNREACHABLE
-
-    @property
+    @cached_property
     def is_due(self) -> bool:
         """Whether routers should be told something else than they were."""
         if not self._observed.is_settled:
             return False
         if self._observed.newest_epoch == 0:  # routers begin to serve with the first: it names every expert
             return bool(self.replicas) and self.replicas.keys() >= self._view.desired.keys()
+        if not self._observed.published:  # nobody remembers what routers use: it may be what a silent host holds
+            return not self._silent
         current = {expert: tuple(sorted(hosts)) for expert, hosts in self._observed.current.items() if hosts}
-        return not self._observed.published or current != self.replicas
+        return current != self.replicas
 
-    @property
+    @cached_property
     def earliest(self) -> float:
         """When it may be told: at once, if an expert is named where it is not ready, or has become ready at last."""
         current, ready = self._observed.current, self._view.ready

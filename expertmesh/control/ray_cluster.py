@@ -40,6 +40,7 @@ class RayCluster:
     async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
         """Waits as long as Ray needs to find a node: pending actors are what its autoscaler acts on."""
         options: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0}
+        options["scheduling_strategy"] = "SPREAD"  # over machines: they share the work, and do not fail together
         if pool.accelerator:
             options["accelerator_type"] = pool.accelerator
         if pool.labels:
@@ -62,10 +63,17 @@ class RayCluster:
         )
         self._actors[host] = actor
         try:
-            return _running(await actor.describe.remote())
+            running = _running(await actor.describe.remote())
         except ray.exceptions.RayError as error:
             self._actors.pop(host, None)
             raise ConfigError(f"a host of pool {pool.name!r} did not start: {_last_line(error)}") from error
+        if self._loopback and running.node != ray.get_runtime_context().get_node_id():
+            await self.stop(host)
+            raise ConfigError(
+                f"network.listen: a host of pool {pool.name!r} runs on another machine, which loopback does not reach; "
+                "say `listen: node`"
+            )
+        return running
 
     async def running(self) -> list[RunningHost]:
         """The hosts that a controller before this one started."""

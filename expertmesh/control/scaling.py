@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from expertmesh.control.capacity import missing_slots
 from expertmesh.control.state import HostStatus
-from expertmesh.errors import ConfigError
+from expertmesh.errors import BusyError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -262,7 +262,10 @@ class Scaler:
     # --- what people ask for -----------------------------------------------------------------------------------------
 
     def scale(self, name: str, hosts: int, now: float) -> None:
-        """Have a pool keep this many hosts, until `auto`. Raises ConfigError, in one line, when that cannot be."""
+        """Have a pool keep this many hosts, until `auto`. Raises ConfigError, in one line, when that cannot be.
+
+        BusyError: not before what was asked for last is done.
+        """
         pool = self._known(name)
         policy = pool.policy
         if not policy.min_hosts <= hosts <= policy.max_hosts:
@@ -272,7 +275,7 @@ class Scaler:
             )
         is_changing = pool.leaving or len(pool.staying) != pool.wanted or pool.with_status(HostStatus.STARTING)
         if is_changing and now - pool.stepped_at < policy.step_timeout_s:
-            raise ConfigError(
+            raise BusyError(
                 f"pool {name} is just being scaled to {pool.wanted} hosts and has {len(pool.hosts)}: ask again when "
                 "that is done"
             )

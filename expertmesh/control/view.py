@@ -29,11 +29,12 @@ class View:
         self.now = now
         self.hosts = [observed.hosts[host] for host in sorted(observed.hosts)]
         self.desired = {expert: tuple(dict.fromkeys(desired[expert])) for expert in sorted(desired)}
+        self._takers = {host.id for host in self.hosts if host.status is HostStatus.READY}
         self.goal: dict[HostId, set[ExpertId]] = {host.id: set() for host in self.hosts}
         """By host, what it is to hold: nothing, unless it is ready."""
         for expert, hosts in self.desired.items():
             for host_id in hosts:
-                if self.takes(host_id):
+                if host_id in self._takers:
                     self.goal[host_id].add(expert)
         ready: dict[ExpertId, list[HostId]] = {}
         for host in self.hosts:
@@ -46,8 +47,7 @@ class View:
 
     def takes(self, host: HostId) -> bool:
         """Whether a host may be given replicas."""
-        known = self.observed.hosts.get(host)
-        return known is not None and known.status is HostStatus.READY
+        return host in self._takers
 
     def unwanted(self, expert: ExpertId) -> list[HostId]:
         """The hosts that have a ready replica of an expert and are not to hold it."""

@@ -1,4 +1,4 @@
-"""A host as a plain process: `EXPERTMESH_TOKEN=... python -m expertmesh.hosts --memory 2GiB`.
+"""A host as a plain process, without Ray: `python -m expertmesh.hosts --memory 2GiB`.
 
 Prints one JSON line with its address when it is ready, and ends when its standard input does.
 """
@@ -15,9 +15,10 @@ import torch
 from pydantic import ByteSize, TypeAdapter
 
 from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
+from expertmesh.credentials import shared_token
 from expertmesh.errors import ExpertMeshError
 from expertmesh.hosts.host import Host, MakeKernel
-from expertmesh.hosts.process import TOKEN_VARIABLE, HostServer, available_memory
+from expertmesh.hosts.process import HostServer, available_memory
 from expertmesh.kernels import make_kernel
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ def main(make: MakeKernel = make_kernel, prepare: Callable[[Host], None] | None 
     parser.add_argument("--memory", default=None, help="for experts, such as 2GiB; default: most of what is free")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a launch")
     arguments = parser.parse_args()
-    token = os.environ.get(TOKEN_VARIABLE)
-    if not token:
-        parser.error(f"set {TOKEN_VARIABLE} to the token that routers will send")
+    try:
+        token = shared_token()
+    except ExpertMeshError as error:
+        parser.error(str(error))
 
     keep_freed_memory(LAUNCH_BYTES)
     torch.set_num_threads(arguments.threads)

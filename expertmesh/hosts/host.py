@@ -16,7 +16,7 @@ import torch
 
 from expertmesh.errors import ConfigError
 from expertmesh.hosts.slots import SlotPool
-from expertmesh.hosts.statistics import HostStatistics
+from expertmesh.hosts.statistics import HostStatistics, LaunchSums
 from expertmesh.kernels import make_kernel, slot_bytes
 from expertmesh.transport import LayerReply, LayerRequest
 
@@ -56,7 +56,7 @@ class Host:
         self._device = device
         self._make = make
         self._pools: tuple[SlotPool, ...] = ()
-        self._done = _Done()
+        self._done = LaunchSums()
 
     def configure(self, configuration: HostConfiguration) -> tuple[int, ...]:
         """Make empty pools for a model, and forget any before: the number of slots of each.
@@ -129,7 +129,8 @@ class Host:
         y_PB = y_PH.view(torch.uint8).numpy()
         for work in works:
             pool.count(work.slots, work.request.counts)
-        self._done.add(len(row_P), took_s)
+        num_experts = len(works[0].slots) if len(works) == 1 else len(np.unique(slot_P))
+        self._done = self._done.plus(num_experts, len(row_P), took_s)
         if by_slot is None:
             return [LayerReply(y_PB, took_s)]
         y_PB = y_PB[np.argsort(by_slot, kind="stable")]
@@ -141,31 +142,9 @@ class Host:
             slots=tuple(pool.kernel.num_slots for pool in self._pools),
             memory_bytes=self.memory_bytes,
             replicas=tuple(load for pool in self._pools for load in pool.loads()),
+            done=self._done,
             at_s=time.monotonic(),
-            launches=self._done.launches,
-            rows=self._done.rows,
-            busy_s=self._done.busy_s,
-            rows_squared=self._done.rows_squared,
-            rows_busy_s=self._done.rows_busy_s,
         )
-
-
-@dataclass(slots=True)
-class _Done:
-    """What all launches came to."""
-
-    launches: int = 0
-    rows: int = 0
-    busy_s: float = 0.0
-    rows_squared: float = 0.0
-    rows_busy_s: float = 0.0
-
-    def add(self, rows: int, took_s: float) -> None:
-        self.launches += 1
-        self.rows += rows
-        self.busy_s += took_s
-        self.rows_squared += rows * rows
-        self.rows_busy_s += rows * took_s
 
 
 def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertmesh.credentials import TOKEN_VARIABLE
 from expertmesh.hosts.service import RunningServer
 from expertmesh.transport.loop import LoopThread
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from expertmesh.hosts.host import Host
-
-TOKEN_VARIABLE = "EXPERTMESH_TOKEN"
-"""The environment variable that carries the shared token to processes, out of sight of `ps`."""
 
 
 class HostServer:

@@ -109,14 +109,10 @@ class HostService(HostServicer):
             slots=statistics.slots,
             memory_bytes=statistics.memory_bytes,
             replicas=replicas,
-            launches=statistics.launches,
-            rows=statistics.rows,
-            busy_s=statistics.busy_s,
+            done=pb.LaunchSums(**statistics.done._asdict()),
             streams=self._rows.connections,
             process_id=os.getpid(),
             at_s=statistics.at_s,
-            rows_squared=statistics.rows_squared,
-            rows_busy_s=statistics.rows_busy_s,
         )
 
     def _expert(self, layer: int, index: int) -> ExpertId:

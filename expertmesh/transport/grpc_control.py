@@ -9,7 +9,7 @@ import grpc
 from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostStub
 from expertmesh.errors import CheckpointError, ConfigError, OutOfSlotsError, ProtocolError, ReplicaUnavailableError
-from expertmesh.hosts.statistics import HostStatistics
+from expertmesh.hosts.statistics import HostStatistics, LaunchSums
 from expertmesh.ids import ExpertId
 from expertmesh.transport import codec
 from expertmesh.transport.grpc_link import CHANNEL_OPTIONS, credentials
@@ -64,13 +64,9 @@ class GrpcHostControl:
             slots=tuple(reply.slots),
             memory_bytes=reply.memory_bytes,
             replicas=tuple((ExpertId(load.layer, load.index), load.rows) for load in reply.replicas),
+            done=LaunchSums(*(getattr(reply.done, name) for name in LaunchSums._fields)),
             streams=reply.streams,
             at_s=reply.at_s,
-            launches=reply.launches,
-            rows=reply.rows,
-            busy_s=reply.busy_s,
-            rows_squared=reply.rows_squared,
-            rows_busy_s=reply.rows_busy_s,
         )
 
     async def close(self) -> None:

@@ -47,6 +47,8 @@ class NetworkTransport:
         self._tickets = itertools.count(1)
         self._expected: set[int] = set()
         self._answers: list[Answer] = []
+        self._is_waiting = False
+        self._is_woken = False
 
     def send(self, host: HostInfo, request: LayerRequest) -> int:
         link = self._links.get(host.id)
@@ -68,15 +70,23 @@ class NetworkTransport:
         if answer.ticket in self._expected:
             self._expected.remove(answer.ticket)
             self._answers.append(answer)
-            self._loop.stop()
+            self._end_wait()
 
     def receive(self, timeout_s: float) -> list[Answer]:
-        if not self._answers:
-            timer = self._loop.call_later(max(0.0, timeout_s), self._loop.stop)
+        if not self._answers and not self._is_woken:
+            self._is_waiting = True
+            timer = self._loop.call_later(max(0.0, timeout_s), self._end_wait)
             self._loop.run_forever()
             timer.cancel()
+        self._is_woken = False
         answers, self._answers = self._answers, []
         return answers
+
+    def _end_wait(self) -> None:
+        """Let `receive` return. Once only: a second stop would end whatever runs on the loop next."""
+        if self._is_waiting:
+            self._is_waiting = False
+            self._loop.stop()
 
     def forget(self, ticket: int) -> None:
         self._expected.discard(ticket)
@@ -84,7 +94,11 @@ class NetworkTransport:
 
     def wake(self) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._is_woken = True
+        self._end_wait()
 
     def close(self) -> None:
         if self._loop.is_closed():

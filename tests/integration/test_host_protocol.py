@@ -84,7 +84,7 @@ def test_a_broken_message_gets_an_error_and_the_stream_goes_on(stub: HostStub, h
     assert (broken.id, broken.error.code, broken.rows) == (7, pb.Error.INVALID, b"")
     assert text in broken.error.message
     assert (good.id, good.HasField("error"), len(good.rows)) == (8, False, 3 * HIDDEN * 4)
-    assert host.statistics().rows == 3
+    assert host.statistics().done.rows == 3
 
 
 def test_an_expert_held_elsewhere_is_not_ready(stub: HostStub) -> None:
@@ -173,4 +173,4 @@ def test_what_arrives_together_is_computed_in_one_launch() -> None:
         assert first.rows.tobytes() == second.rows.tobytes()
 
     asyncio.run(two_at_once())
-    assert (host.statistics().launches, host.statistics().rows) == (1, 6)
+    assert (host.statistics().done.launches, host.statistics().done.rows) == (1, 6)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from expertmesh.control.load import LoadMeter
 from expertmesh.ids import ExpertId, HostId
-from tests.unit.test_load import Counting
 
 HOST, EXPERT = HostId("h"), ExpertId(0, 0)
 
@@ -18,13 +17,13 @@ def meter_of(reports: list[tuple[int, int]], steady: int) -> LoadMeter:
     """A meter that saw `reports` (second, rows so far) in this order, and then a steady load for 20 half-lives."""
     meter = LoadMeter([1], half_life_s=10)
     meter.tick(0)
-    meter.observe(HOST, Counting(rows_of={EXPERT: 0}))
+    meter.observe(HOST, 0, [(EXPERT, 0)])
     for second, rows in reports:
-        meter.observe(HOST, Counting(at_s=second, rows_of={EXPERT: rows}))
+        meter.observe(HOST, second, [(EXPERT, rows)])
         meter.tick(second)
     last_s, last_rows = max(reports)
     for i in range(1, 201):
-        meter.observe(HOST, Counting(at_s=last_s + i, rows_of={EXPERT: last_rows + steady * i}))
+        meter.observe(HOST, last_s + i, [(EXPERT, last_rows + steady * i)])
         meter.tick(last_s + i)
     return meter
 
@@ -48,7 +47,7 @@ def test_lost_repeated_and_reordered_reports_change_nothing_in_the_end(history, 
 def test_every_row_is_counted_once_whatever_is_lost_repeated_or_reordered(steps, random) -> None:
     """With a half-life beyond all measure, the load is all rows over all seconds."""
     meter = LoadMeter([1], half_life_s=1e12)
-    meter.observe(HOST, Counting(rows_of={EXPERT: 0}))
+    meter.observe(HOST, 0, [(EXPERT, 0)])
     meter.tick(0)
     sent, second, rows = [], 0, 0
     for seconds, more in steps:
@@ -56,7 +55,7 @@ def test_every_row_is_counted_once_whatever_is_lost_repeated_or_reordered(steps,
         sent.append((second, rows))
     arriving = [*random.choices(sent, k=len(sent)), sent[-1]]
     for at_s, so_far in arriving:
-        meter.observe(HOST, Counting(at_s=at_s, rows_of={EXPERT: so_far}))
+        meter.observe(HOST, at_s, [(EXPERT, so_far)])
         meter.tick(random.uniform(0, second))
     meter.tick(second + 1)
     assert meter.loads()[0][0] * (second + 1) == pytest.approx(rows, rel=1e-6, abs=1e-6)

@@ -13,7 +13,6 @@ from math import isfinite
 
 from expertmesh.control.planner.copies import deserved
 from expertmesh.control.planner.draft import Draft, Layout
-from expertmesh.control.planner.first import Inventory, spread
 from expertmesh.control.planner.fleet import Fleet, fleet_for, survives
 from expertmesh.control.planner.improving import improve, retire
 from expertmesh.control.planner.layout import lay_out
@@ -23,7 +22,7 @@ from expertmesh.control.planner.values import Change, HostSupply, Loads, Plan, P
 from expertmesh.errors import ConfigError
 from expertmesh.ids import ExpertId
 
-__all__ = ["Change", "HostSupply", "Inventory", "Plan", "PlanOptions", "Survives", "plan", "spread"]
+__all__ = ["Change", "HostSupply", "Plan", "PlanOptions", "Survives", "plan"]
 
 _DEFAULTS = PlanOptions()
 
@@ -80,18 +79,14 @@ def _lay_out_new(draft: Draft) -> None:
     fleet = draft.fleet
     free = [max(0, n) for n in draft.free]
     loads = [draft.loads[number] for number in new]
-    lacking = sum(
-        max(0, draft.min_replicas - len(hosts)) for layout in draft.layers if any(layout) for hosts in layout
-    )
+    lacking = sum(max(0, draft.min_replicas - len(hosts)) for layout in draft.layers if any(layout) for hosts in layout)
     spare = sum(free) - lacking - draft.min_replicas * sum(map(len, loads))
     counts = deserved(loads, fleet.num_working, draft.min_replicas, spare)
     wanted = list(accumulate(sum(of) for of in counts))
     for number, of, so_far in zip(new, counts, wanted, strict=True):
         # Up to here, hosts may fill the part of their slots that the layers so far want of all: rounded up, so that
         # it always suffices.
-        quota = [
-            -(-n * so_far // wanted[-1]) - (n - left) for n, left in zip(free, draft.free, strict=True)
-        ]
+        quota = [-(-n * so_far // wanted[-1]) - (n - left) for n, left in zip(free, draft.free, strict=True)]
         draft.replace(number, lay_out(fleet, draft.loads[number], of, quota, draft.min_replicas, draft.layers[number]))
 
 
@@ -109,15 +104,16 @@ def _settle(draft: Draft, options: PlanOptions) -> None:
 def _result(draft: Draft, before: list[Layout], inventory: Sequence[HostSupply]) -> Plan:
     fleet = draft.fleet
     replicas, split, max_time = {}, {}, []
-    for number, (layer, layout) in enumerate(zip(draft.loads, draft.layers, strict=True)):
+    ids = fleet.ids
+    for number, layout in enumerate(draft.layers):
         times = draft.times(number)
         max_time.append(times.slowest())
-        for index, (hosts, shares) in enumerate(zip(layout, times.shares(layout, layer), strict=True)):
+        for index, hosts in enumerate(layout):
             expert = ExpertId(number, index)
-            replicas[expert] = tuple(fleet.ids[host] for host in hosts)
-            split[expert] = {fleet.ids[host]: share for host, share in shares.items()}
+            replicas[expert] = tuple([ids[host] for host in hosts])
+            split[expert] = {ids[host]: share for host, share in times.shares(index, hosts).items()}
     speed = sum(fleet.rate)
-    reasons = changes(draft, before, max_time)
+    reasons = changes(draft, before)
     return Plan(
         replicas=replicas,
         split=split,

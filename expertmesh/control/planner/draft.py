@@ -78,26 +78,52 @@ class LayerTimes:
 
     def __init__(self, fleet: Fleet, loads: Sequence[float], layout: Layout) -> None:
         self._fleet = fleet
-        self.work = [0.0] * len(fleet.ids)
-        """Rows per second of each host."""
+        self._loads = loads
         self.is_stranded = False
         """Whether an expert with load is nowhere, or only where nothing is ever done."""
-        self.experts: list[int] = []
-        """Those that have a choice of host, as `levels` numbers them."""
-        choices: list[list[int]] = []
-        is_all_working = min(fleet.rate) > 0
+        self._fixed: dict[int, int] = {}
+        """Experts that have no choice, with their host."""
+        self._number: dict[int, int] = {}
+        """Experts that have one, as `levels` numbers them."""
+        work = [0.0] * len(fleet.ids)
+        choices: list[Sequence[int]] = []
         for expert, hosts in enumerate(layout):
-            useful = hosts if is_all_working else [host for host in hosts if fleet.rate[host] > 0]
+            useful = self._useful(hosts)
             if len(useful) == 1:
-                self.work[useful[0]] += loads[expert]
+                self._fixed[expert] = host = useful[0]
+                work[host] += loads[expert]
             elif useful:
-                self.experts.append(expert)
+                self._number[expert] = len(choices)
                 choices.append(useful)
             elif loads[expert] > 0:
                 self.is_stranded = True
         # A host of rate 0 has no work here; any positive rate keeps the arithmetic whole.
-        rate = fleet.rate if is_all_working else [x or 1e-300 for x in fleet.rate]
-        self.levels = Levels([loads[e] for e in self.experts], choices, self.work, rate)
+        rate = [x or 1e-300 for x in fleet.rate]
+        self.levels = Levels([loads[expert] for expert in self._number], choices, work, rate)
+
+    def _useful(self, hosts: Sequence[int]) -> Sequence[int]:
+        return hosts if self._fleet.is_all_working else [host for host in hosts if self._fleet.rate[host]]
+
+    @property
+    def work(self) -> list[float]:
+        """Rows per second of each host."""
+        return self.levels.load
+
+    def moved(self, changes: Iterable[tuple[int, Sequence[int]]]) -> LayerTimes:
+        """The same with other hosts for some experts, starting from the split that was reached."""
+        twin = LayerTimes.__new__(LayerTimes)
+        twin._fleet, twin._loads, twin.is_stranded = self._fleet, self._loads, self.is_stranded
+        twin._fixed, twin._number = dict(self._fixed), dict(self._number)
+        twin.levels = self.levels.copy()
+        for expert, hosts in changes:
+            useful = self._useful(hosts)
+            if expert in twin._number:
+                twin.levels.move(twin._number[expert], useful)
+            else:
+                twin.work[twin._fixed.pop(expert)] -= self._loads[expert]
+                twin._number[expert] = len(twin.levels.given)
+                twin.levels.append(self._loads[expert], useful)
+        return twin
 
     def settle(self) -> float:
         """The least time that the slowest host can have, over all fractional splits: exact."""
@@ -110,19 +136,18 @@ class LayerTimes:
             return float("inf")
         return max((work / rate for work, rate in zip(self.work, self._fleet.rate, strict=True) if rate), default=0.0)
 
-    def shares(self, expert_hosts: Layout, loads: Sequence[float]) -> list[dict[int, float]]:
-        """Per expert, the part of its load that each of its hosts takes."""
-        split = [dict.fromkeys(hosts, 1 / len(hosts)) for hosts in expert_hosts]
-        for expert, given in zip(self.experts, self.levels.given, strict=True):
-            if loads[expert] > 0:
-                split[expert] = _normal(given, expert_hosts[expert])
-        return split
-
-
-def _normal(given: dict[int, float], hosts: Iterable[int]) -> dict[int, float]:
-    parts = {host: max(0.0, given.get(host, 0.0)) for host in hosts}
-    total = sum(parts.values())
-    return {host: part / total for host, part in parts.items()}
+    def shares(self, expert: int, hosts: list[int]) -> dict[int, float]:
+        """The part of an expert's load that each of its hosts takes."""
+        if len(hosts) == 1:
+            return {hosts[0]: 1.0}
+        if expert in self._fixed:
+            return {host: float(host == self._fixed[expert]) for host in hosts}
+        given = self.levels.given[self._number[expert]] if expert in self._number else {}
+        parts = {host: max(0.0, given.get(host, 0.0)) for host in hosts}
+        total = sum(parts.values())
+        if not total:
+            return dict.fromkeys(hosts, 1 / len(hosts))
+        return {host: part / total for host, part in parts.items()}
 
 
 def num_moves(before: Layout, after: Layout) -> int:

@@ -25,6 +25,8 @@ class Fleet:
     cost: tuple[float, ...]
     domains: tuple[Domains, ...]
     """By what replicas are kept apart, widest first: racks (where known), nodes."""
+    is_all_working: bool
+    """Whether no host has rate 0."""
     span: int | None
     """Which of `domains` the replicas of every expert must span: the widest that has room; None when none has, or
     when one replica is enough."""
@@ -72,6 +74,7 @@ def fleet_for(inventory: Sequence[HostSupply], num_experts: int, options: PlanOp
         rate=tuple(float(supply.rate) for supply in hosts),
         cost=tuple(float(supply.cost) for supply in hosts),
         domains=tuple(domains),
+        is_all_working=all(supply.rate > 0 for supply in hosts),
         span=span,
     )
 
@@ -99,7 +102,7 @@ def _check_room(slots: Sequence[int], num_experts: int, replicas: int) -> None:
     have = sum(min(n, num_experts) for n in slots)
     if have < replicas * num_experts:
         raise ConfigError(
-            f"the pools are too small: {num_experts} experts with {replicas} replica{'s'[:replicas > 1]} each on "
+            f"the pools are too small: {num_experts} experts with {replicas} replica{'s'[: replicas > 1]} each on "
             f"distinct hosts need {replicas * num_experts} slots and {have} can be used; "
             f"{replicas * num_experts - have} slots are missing"
         )
@@ -112,7 +115,7 @@ def _check(inventory: Sequence[HostSupply], options: PlanOptions) -> None:
     if options.landing_slots < 0:
         raise ConfigError(f"landing_slots is {options.landing_slots}: it must be 0 or more")
     for name in ("min_gain", "move_cost"):
-        if not 0 <= (value := getattr(options, name)) or not isfinite(value):
+        if not (value := getattr(options, name)) >= 0 or not isfinite(value):
             raise ConfigError(f"{name} is {value}: it must be a number of 0 or more")
     seen = set()
     for supply in inventory:

@@ -106,7 +106,7 @@ def _make_room(draft: Draft, layer: int, expert: int, may: Callable[[int], bool]
     hosts = draft.layers[layer][expert]
     start = [host for host in range(len(draft.free)) if host not in hosts and may(host)]
     held = _held(draft)
-    came_by: dict[int, tuple[tuple[int, int], int | None]] = {host: ((layer, expert), None) for host in start}
+    came_by: dict[int, tuple[tuple[int, int], int | None]] = dict.fromkeys(start, ((layer, expert), None))
     queue = deque(start)
     while queue:
         host = queue.popleft()

@@ -8,7 +8,7 @@ time; it is computed exactly, and a step that does not lower it is not taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from expertmesh.control.planner.copies import earns_another, heat_unit
 from expertmesh.control.planner.draft import Draft, LayerTimes, Layout
@@ -16,15 +16,21 @@ from expertmesh.control.planner.draft import Draft, LayerTimes, Layout
 _TRIED = 3
 """Experts of a closed set that each kind of step is tried with, and hosts outside of it."""
 _WORTHWHILE = 0.05
-"""Part of the rows above the goal that a step should relieve; other kinds of step are tried first if it does not."""
+"""Part of the rows above the goal that a step should relieve; if none does, the next kind of step is tried too."""
+_ROUNDING = 1e-6
+"""A step that relieves less than this part does not help."""
+_MOST_TRIES = 96
+"""Keeps planning quick in large fleets; the next plan goes on."""
+
+Step = Sequence[tuple[int, Sequence[int]]]
+"""Experts with their new hosts."""
 
 
 def relieve(draft: Draft, layer: int, goal: float) -> Layout:
     """A layout whose slowest host takes `goal` or as little above it as steps lead to. `draft` stays as it is."""
     trial = _Trial(draft, layer, goal)
-    for _ in range(2 * len(draft.fleet.ids)):
-        if not trial.stuck or not trial.step():
-            break
+    while trial.stuck and trial.num_tries < _MOST_TRIES and trial.step():
+        pass
     return trial.layout
 
 
@@ -38,33 +44,43 @@ class _Trial:
         self._goal = goal
         self._unit = heat_unit(self._loads, draft.fleet.num_working)
         self._free = list(draft.free)
+        self.num_tries = 0
         self.layout = [list(hosts) for hosts in draft.layers[layer]]
-        self._times, self.stuck, self._above = self._measure(self.layout)
+        self._times = draft.times(layer).moved(())
+        self._push()
 
-    def _measure(self, layout: Layout) -> tuple[LayerTimes, set[int], float]:
-        """With rows pushed below the goal as far as they go: the closed set above it, and the rows above it."""
-        times = LayerTimes(self._fleet, self._loads, layout)
-        stuck = set(times.levels.relieve(self._goal))
-        return times, stuck, sum(max(0.0, times.work[h] - self._goal * self._fleet.rate[h]) for h in stuck)
+    def _push(self) -> None:
+        self.stuck = set(self._times.levels.relieve(self._goal))
+        """Hosts above the goal, with all that their rows could flow to."""
+        self._above = self._rows_above(self._times, self.stuck)
+
+    def _rows_above(self, times: LayerTimes, stuck: Iterable[int]) -> float:
+        return sum(max(0.0, times.work[host] - self._goal * self._fleet.rate[host]) for host in stuck)
 
     def step(self) -> bool:
         """Take the best step of the first kind that is worthwhile; whether there was any that helps."""
-        best: tuple[float, Layout] | None = None
+        best: tuple[float, Step, LayerTimes] | None = None
         for kind in (self._additions, self._replacements, self._exchanges):
-            for layout in kind():
-                above = self._measure(layout)[2]
+            for step in kind():
+                if not all(self._fleet.spans(hosts) or not self._fleet.spans(self.layout[e]) for e, hosts in step):
+                    continue
+                self.num_tries += 1
+                times = self._times.moved(step)
+                above = self._rows_above(times, times.levels.relieve(self._goal))
                 if best is None or above < best[0]:
-                    best = above, layout
+                    best = above, step, times
             if best is not None and best[0] < self._above * (1 - _WORTHWHILE):
                 break
-        if best is None or best[0] >= self._above * (1 - 1e-6):
+        if best is None or best[0] >= self._above * (1 - _ROUNDING):
             return False
-        for hosts, sign in ((self.layout, 1), (best[1], -1)):
-            for of in hosts:
-                for host in of:
-                    self._free[host] += sign
-        self.layout = best[1]
-        self._times, self.stuck, self._above = self._measure(self.layout)
+        _, step, self._times = best
+        for expert, hosts in step:
+            for host in self.layout[expert]:
+                self._free[host] += 1
+            for host in hosts:
+                self._free[host] -= 1
+            self.layout[expert] = sorted(hosts)
+        self._push()
         return True
 
     def _confined(self) -> list[int]:
@@ -81,16 +97,7 @@ class _Trial:
         hosts = (h for h, rate in enumerate(self._fleet.rate) if rate > 0 and h not in self.stuck)
         return sorted(hosts, key=lambda h: (-self._slack(h), h))
 
-    def _with(self, *changes: tuple[int, Sequence[int]]) -> Layout | None:
-        """The layout with other hosts for some experts; None if these would be less safe than now."""
-        layout = list(self.layout)
-        for expert, hosts in changes:
-            if self._fleet.spans(layout[expert]) and not self._fleet.spans(hosts):
-                return None
-            layout[expert] = sorted(hosts)
-        return layout
-
-    def _additions(self) -> Iterator[Layout]:
+    def _additions(self) -> Iterator[Step]:
         """Into free slots: another replica of a hot expert, the only one of another."""
         room = [host for host in self._outside() if self._free[host] > 0]
         if not room:
@@ -98,35 +105,33 @@ class _Trial:
         host = room[0]
         confined = self._confined()
         for expert in confined[:_TRIED]:
-            yield from self._valid((expert, (*self.layout[expert], host)))
+            yield ((expert, (*self.layout[expert], host)),)
         # Whole experts, where the slack is enough for them: no slot more is used.
         movable = [e for e in confined if len(self.layout[e]) == 1 and self._loads[e] <= self._slack(host)]
         for expert in movable[:_TRIED]:
             if not earns_another(self._loads[expert], 1, self._unit):
-                yield from self._valid((expert, (host,)))
+                yield ((expert, (host,)),)
 
-    def _replacements(self) -> Iterator[Layout]:
+    def _replacements(self) -> Iterator[Step]:
         """In the place of replicas that others of the same expert can make up for, coldest first."""
         found = 0
         for host in self._outside():
-            spare = [
-                e for e, hosts in enumerate(self.layout) if host in hosts and self._draft.can_lose(hosts, host)
-            ]
+            spare = [e for e, hosts in enumerate(self.layout) if host in hosts and self._draft.can_lose(hosts, host)]
             if not spare:
                 continue
             given_up = min(spare, key=lambda e: (self._loads[e] / (len(self.layout[e]) - 1), e))
             rest = [other for other in self.layout[given_up] if other != host]
             for expert in self._confined()[:_TRIED]:
-                yield from self._valid((given_up, rest), (expert, (*self.layout[expert], host)))
+                yield (given_up, rest), (expert, (*self.layout[expert], host))
             found += 1
             if found == _TRIED:
                 return
 
-    def _exchanges(self) -> Iterator[Layout]:
+    def _exchanges(self) -> Iterator[Step]:
         """An expert of the hosts furthest above the goal for a colder one of a host outside."""
         over = sorted(self.stuck, key=lambda h: (self._goal * self._fleet.rate[h] - self._times.work[h], h))
         for busy in over[:_TRIED]:
-            mine = [e for e, hosts in enumerate(self.layout) if hosts == [busy] or len(hosts) > 1 and busy in hosts]
+            mine = [e for e, hosts in enumerate(self.layout) if hosts == [busy] or (len(hosts) > 1 and busy in hosts)]
             for other in self._outside()[:_TRIED]:
                 theirs = [e for e, hosts in enumerate(self.layout) if other in hosts and busy not in hosts]
                 colder = sorted(theirs, key=lambda e: (self._loads[e] / len(self.layout[e]), e))[:1]
@@ -134,20 +139,14 @@ class _Trial:
                     fitting = [
                         e
                         for e in mine
-                        if other not in self.layout[e]
-                        and 0 < self._part(e) - self._part(cold) <= self._slack(other)
+                        if other not in self.layout[e] and 0 < self._part(e) - self._part(cold) <= self._slack(other)
                     ]
                     if fitting:
                         hot = max(fitting, key=lambda e: (self._part(e), -e))
-                        yield from self._valid(
+                        yield (
                             (hot, [other if h == busy else h for h in self.layout[hot]]),
                             (cold, [busy if h == other else h for h in self.layout[cold]]),
                         )
 
     def _part(self, expert: int) -> float:
         return self._loads[expert] / len(self.layout[expert])
-
-    def _valid(self, *changes: tuple[int, Sequence[int]]) -> Iterator[Layout]:
-        layout = self._with(*changes)
-        if layout is not None:
-            yield layout

@@ -1,0 +1,132 @@
+"""How fast hosts are, from what their launches took. Pure.
+
+Hosts of a pool are alike, so one linear model is fitted to all their launches: what a launch costs, each distinct
+expert in it, each row. A host may still be slower than its fellows, hotter or shared with others: it gets one factor.
+So a host is judged by its device and not by what the gate happened to send it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from expertmesh.hosts.statistics import LaunchSums
+from expertmesh.placement import TimeModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from expertmesh.ids import HostId
+
+MIN_LAUNCHES = 8
+"""Fewer are no measurement."""
+TOLERANCE = 1e-3
+"""A model with more terms must explain this part more of what the launches took."""
+
+
+class SpeedMeter:
+    """A time model of every host. Feed it with `observe`, in whatever order reports come."""
+
+    def __init__(self, *, window_s: float = 30.0) -> None:
+        """Hosts are judged by what they did in the last `window_s` seconds."""
+        self._window_s = window_s
+        self._pools: dict[HostId, str] = {}
+        self._history: dict[HostId, deque[tuple[float, LaunchSums]]] = {}
+        self._shapes: dict[str, TimeModel] = {}
+
+    def observe(self, host: HostId, pool: str, at_s: float, done: LaunchSums) -> None:
+        """Take in what a host has done up to `at_s` of its own clock. An older report than the last changes nothing."""
+        self._pools[host] = pool
+        history = self._history.setdefault(host, deque())
+        if history and at_s <= history[-1][0]:
+            return
+        if history and done.launches < history[-1][1].launches:
+            history.clear()  # it was configured anew, and counts from zero
+        history.append((at_s, done))
+        while len(history) > 2 and history[1][0] < at_s - self._window_s:
+            history.popleft()
+        recent = [self._recent(other) for other, of in self._pools.items() if of == pool]
+        shape = fit(total(recent))
+        if shape is not None:
+            self._shapes[pool] = shape
+
+    def forget(self, host: HostId) -> None:
+        """The host is gone for good."""
+        self._pools.pop(host, None)
+        self._history.pop(host, None)
+
+    def _recent(self, host: HostId) -> LaunchSums:
+        history = self._history.get(host)
+        return history[-1][1].since(history[0][1]) if history else LaunchSums()
+
+    def time_model(self, host: HostId) -> TimeModel | None:
+        """How long the host's launches take; while it has made too few, that of its pool. None: nobody has."""
+        shape = self._shapes.get(self._pools.get(host, ""))
+        recent = self._recent(host)
+        if shape is None or recent.launches < MIN_LAUNCHES:
+            return shape
+        expected_s = shape.seconds(recent.rows, recent.experts) + shape.launch_s * (recent.launches - 1)
+        factor = recent.busy_s / expected_s if expected_s > 0 else 1.0
+        return TimeModel(shape.launch_s * factor, shape.row_s * factor, shape.expert_s * factor)
+
+    def rate(self, host: HostId) -> float:
+        """Rows per second in the mean launch of all hosts, so that rates compare. 1.0 while nothing is measured.
+
+        A host of which nothing is known is taken for the median of the others.
+        """
+        mean = total(self._recent(known) for known in self._pools)
+        if not mean.launches or not mean.rows:
+            return 1.0
+        models = {known: self.time_model(known) for known in self._pools}
+        rows, experts = mean.rows / mean.launches, mean.experts / mean.launches
+        rates = {
+            known: rows / seconds
+            for known, model in models.items()
+            if model and (seconds := model.seconds(rows, experts))
+        }
+        if host in rates:
+            return rates[host]
+        return float(np.median(list(rates.values()))) if rates else 1.0
+
+
+def total(sums: Iterable[LaunchSums]) -> LaunchSums:
+    """All of them together."""
+    added = LaunchSums()
+    for one in sums:
+        added = LaunchSums(*map(sum, zip(added, one, strict=True)))
+    return added
+
+
+_SIMPLEST_FIRST = tuple(terms for size in (1, 2, 3) for terms in itertools.combinations((2, 1, 0), size))
+"""Sets of the terms rows (2), experts (1) and launch (0)."""
+
+
+def fit(sums: LaunchSums) -> TimeModel | None:
+    """The least-squares model of launches without negative figures; None when they are too few.
+
+    Of models that explain the times about as well, the one with the fewest terms, of rows rather than experts rather
+    than launches: what never varied cannot be told apart.
+    """
+    n, e, r = sums.launches, sums.experts, sums.rows
+    if n < MIN_LAUNCHES or sums.busy_s <= 0:
+        return None
+    products = np.array(
+        [[n, e, r], [e, sums.experts_squared, sums.experts_rows], [r, sums.experts_rows, sums.rows_squared]]
+    )
+    times = np.array([sums.busy_s, sums.experts_busy_s, sums.rows_busy_s])
+    best, best_gain = None, 0.0
+    for terms in _SIMPLEST_FIRST:
+        of, to = products[np.ix_(terms, terms)], times[list(terms)]
+        scale = 1 / np.sqrt(np.diag(of).clip(1e-30))
+        if np.linalg.cond(of * np.outer(scale, scale)) > 1e6:
+            continue
+        figures = np.linalg.solve(of, to)
+        gain = float(figures @ to)  # how much of the sum of squared times it explains
+        if (figures >= 0).all() and (best is None or gain > best_gain * (1 + TOLERANCE)):
+            best, best_gain = dict(zip(terms, figures.tolist(), strict=True)), gain
+    if best is None:
+        return None
+    return TimeModel(launch_s=best.get(0, 0.0), row_s=best.get(2, 0.0), expert_s=best.get(1, 0.0))
