@@ -7,6 +7,7 @@ loaded and ready.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,8 @@ class LayerTable:
     num_replicas_E: NDArray[np.int64]
     host_EM: NDArray[np.int64]
     """Indices into `Placement.hosts`; unused entries are 0."""
-    key_EM: NDArray[np.int64]
-    """host * E + expert: one number for a replica."""
+    key_EM: NDArray[np.integer]
+    """host * E + expert: one number for a replica. Of 16 bits where that will do, for those numpy sorts fastest."""
     is_complete: bool
     """Whether every expert has a replica."""
 
@@ -87,8 +88,14 @@ class Placement:
             for index, hosts in enumerate(of_expert):
                 table[index, : len(hosts)] = [position[host] for host in hosts]
             keys = table * num_experts + np.arange(num_experts)[:, None]
-            tables.append(LayerTable(counts, table, keys, bool(counts.all())))
+            fits = len(self.hosts) * num_experts <= np.iinfo(np.int16).max
+            tables.append(LayerTable(counts, table, keys.astype(np.int16) if fits else keys, bool(counts.all())))
         return tuple(tables)
+
+    @cached_property
+    def time_models(self) -> tuple[TimeModel, ...]:
+        """How long each of `hosts` takes."""
+        return tuple(host.time_model for host in self.hosts)
 
     def without(self, hosts: Collection[HostId]) -> Placement:
         """The same placement and epoch as if `hosts` held nothing."""
@@ -104,7 +111,13 @@ class Placement:
             for host in self.replicas[expert]:
                 held[host].append([expert.layer, expert.index])
         hosts = [
-            {"id": host.id, "address": host.address, "socket": host.socket, "experts": held[host.id]}
+            {
+                "id": host.id,
+                "address": host.address,
+                "socket": host.socket,
+                "time_model": dataclasses.asdict(host.time_model),
+                "experts": held[host.id],
+            }
             for host in self.hosts
         ]
         return {"epoch": self.epoch, "num_experts": list(self.num_experts), "hosts": hosts}
@@ -113,7 +126,13 @@ class Placement:
     def from_json(value: Mapping[str, Any]) -> Placement:
         """The inverse of `to_json` (replicas come in the order of hosts)."""
         hosts = tuple(
-            HostInfo(id=HostId(host["id"]), address=host["address"], socket=host["socket"]) for host in value["hosts"]
+            HostInfo(
+                id=HostId(host["id"]),
+                address=host["address"],
+                socket=host["socket"],
+                time_model=TimeModel(**host["time_model"]),
+            )
+            for host in value["hosts"]
         )
         replicas: dict[ExpertId, tuple[HostId, ...]] = {}
         for host in value["hosts"]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from expertmesh.errors import NoReadyReplicaError
 from expertmesh.ids import ExpertId
+from expertmesh.moe.split import split_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,8 +45,8 @@ def make_dispatch_plan(
 ) -> list[HostPart]:
     """Plan where `pairs` (indices into `expert_P`, the chosen expert of every pair, in any order) are computed.
 
-    An expert's pairs are split over its replicas in equal contiguous runs, in the placement's order. `num_choices`
-    is K. Raises NoReadyReplicaError when a wanted expert has no replica.
+    An expert's pairs go to its replicas in contiguous runs, as long as `split_rows` says. `num_choices` is K. Raises
+    NoReadyReplicaError when a wanted expert has no replica.
     """
     table = placement.layers[layer]
     num_experts = len(table.num_replicas_E)
@@ -56,7 +57,9 @@ def make_dispatch_plan(
     if table.key_EM.shape[1] == 1:
         key = table.key_EM[:, 0][expert]
     else:
-        key = table.key_EM[expert, _choose_replica(expert, table.num_replicas_E[expert], num_experts)]
+        rows_E = np.bincount(expert, minlength=num_experts)
+        counts_EM = split_rows(rows_E, table, [0.0] * len(placement.hosts), placement.time_models)
+        key = table.key_EM[expert, _choose_replica(expert, rows_E, counts_EM)]
 
     # One stable sort brings the pairs of a host, and in it those of an expert, together and keeps tokens ascending.
     order = np.argsort(key, kind="stable")
@@ -107,14 +110,16 @@ def _segments(keys: list[int], bounds: list[int], num_experts: int) -> list[_Seg
     return segments
 
 
-def _choose_replica(expert: NDArray[np.int64], replicas: NDArray[np.int64], num_experts: int) -> NDArray[np.int64]:
-    """For each pair, the ordinal of its replica: the i-th of an expert's n pairs goes to replica i * r // n."""
+def _choose_replica(
+    expert: NDArray[np.int64], rows_E: NDArray[np.int64], counts_EM: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """For each pair, the ordinal of its replica: the first counts_EM[e, 0] of an expert's pairs go to its first."""
     order = np.argsort(expert, kind="stable")
-    counts = np.bincount(expert, minlength=num_experts)
-    start = np.cumsum(counts) - counts
+    start_E = np.cumsum(rows_E) - rows_E
     rank = np.empty_like(expert)
-    rank[order] = np.arange(len(expert)) - start[expert[order]]
-    return rank * replicas // counts[expert]
+    rank[order] = np.arange(len(expert)) - start_E[expert[order]]
+    ends_EM = np.cumsum(counts_EM[:, :-1], axis=1)
+    return (rank[:, None] >= ends_EM[expert]).sum(axis=1)
 
 
 def _rows_once(

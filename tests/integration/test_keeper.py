@@ -18,6 +18,7 @@ from expertmesh.checkpoint.source import resolve
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.config import MeshConfig, PoolSection
 from expertmesh.control.controller import Controller
+from expertmesh.errors import ExpertMeshError
 from expertmesh.moe.exchange import Exchange
 from expertmesh.testing.processes import ProcessCluster
 from expertmesh.transport.grpc_control import GrpcHostControl
@@ -102,7 +103,7 @@ def running(index: CheckpointIndex, **config: Any) -> Iterator[Mesh]:
             while not stop.wait(0.002):
                 try:
                     mesh.call(mesh.hot)
-                except Exception as error:
+                except ExpertMeshError as error:
                     mesh.failures.append(repr(error))
 
         threads = [threading.Thread(target=follow), threading.Thread(target=load)]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from expertmesh.errors import NoReadyReplicaError
 from expertmesh.ids import ExpertId, HostId
 from expertmesh.moe.dispatch import make_dispatch_plan
-from expertmesh.placement import HostInfo, Placement
+from expertmesh.moe.split import split_rows
+from expertmesh.placement import HostInfo, Placement, TimeModel
 
 
 @st.composite
@@ -57,15 +58,30 @@ def test_each_token_row_travels_once_to_a_host_and_every_pair_finds_it(case) -> 
 
 
 @given(cases())
-def test_replicas_of_an_expert_share_its_pairs_evenly(case) -> None:
+def test_replicas_of_an_expert_get_the_pairs_that_the_split_gives_them(case) -> None:
     placement, expert_P, num_choices, pairs = case
-    parts = make_dispatch_plan(placement, 0, expert_P, num_choices, pairs)
-    for expert in set(expert_P[pairs]):
-        holders = placement.replicas[ExpertId(0, int(expert))]
-        got = [dict(zip(part.experts, part.counts, strict=True)).get(expert, 0) for part in parts]
-        got = [count for part, count in zip(parts, got, strict=True) if part.host.id in holders]
-        got += [0] * (len(holders) - len(got))
-        assert max(got) - min(got) <= 1
+    table = placement.layers[0]
+    rows_E = np.bincount(expert_P[pairs], minlength=len(table.num_replicas_E))
+    counts_EM = split_rows(rows_E, table, [0.0] * len(placement.hosts), placement.time_models)
+    parts = {part.host.id: part for part in make_dispatch_plan(placement, 0, expert_P, num_choices, pairs)}
+    for (_, expert), holders in placement.replicas.items():
+        for m, host in enumerate(holders):
+            got = 0
+            if host in parts:
+                got = dict(zip(parts[host].experts, parts[host].counts, strict=True)).get(expert, 0)
+            assert got == counts_EM[expert, m]
+
+
+def test_a_slow_replica_gets_fewer_rows() -> None:
+    hosts = tuple(
+        HostInfo(id=HostId(name), address=name, time_model=TimeModel(0.001, row_s))
+        for name, row_s in (("fast", 1e-5), ("slow", 3e-5))
+    )
+    replicas = {ExpertId(0, 0): (HostId("fast"), HostId("slow"))}
+    placement = Placement(epoch=1, hosts=hosts, num_experts=(1,), replicas=replicas)
+    parts = make_dispatch_plan(placement, 0, np.zeros(4096, dtype=np.int64), 1, np.arange(4096))
+    counts = {part.host.id: part.counts[0] for part in parts}
+    assert counts == {"fast": pytest.approx(3072, abs=16), "slow": pytest.approx(1024, abs=16)}
 
 
 @given(cases())
