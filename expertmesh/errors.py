@@ -38,6 +38,10 @@ class CheckpointError(ExpertMeshError):
     """The user's: a checkpoint is missing, incomplete, corrupt or of an architecture that cannot be served."""
 
 
+class TraceError(ExpertMeshError):
+    """The user's: a trace is missing, damaged, of another version, or of another model. Use or record another one."""
+
+
 class InvalidRequestError(ExpertMeshError):
     """The client's: this request can never succeed as it is. Do not retry it unchanged (HTTP 400 or 404)."""
 
@@ -57,6 +61,14 @@ class OverloadedError(ExpertMeshError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class BusyError(ExpertMeshError):
+    """The operator's: what was asked for before this is still under way. Ask again when it is done (HTTP 409)."""
+
+
+class NoControllerError(ExpertMeshError):
+    """The mesh's: its controller is starting or away. Requests are served without it; ask it again later (HTTP 503)."""
 
 
 class ReplicaUnavailableError(ExpertMeshError):

@@ -27,7 +27,13 @@ from expertmesh.control.scaling import PoolPolicy, Scaler, StartHost
 from expertmesh.control.speed import SpeedMeter
 from expertmesh.control.state import HostStatus
 from expertmesh.control.wanted import plan_experts
-from expertmesh.errors import CheckpointError, ConfigError, ExpertMeshError, ReplicaUnavailableError
+from expertmesh.errors import (
+    CheckpointError,
+    ConfigError,
+    ExpertMeshError,
+    NoControllerError,
+    ReplicaUnavailableError,
+)
 from expertmesh.hosts.configuration import configuration_for
 from expertmesh.ids import ExpertId, HostId
 from expertmesh.placement import Placement, TimeModel
@@ -46,9 +52,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODELS_CHANGED = 0.3
+MODELS_CHANGED = 0.1
 """Routers are told anew how fast hosts are when one's time for a row has changed by this part."""
-MODELS_EVERY_S = 5.0
+MODELS_EVERY_S = 2.0
 
 
 class Keeper:
@@ -354,7 +360,9 @@ class Keeper:
             await asyncio.gather(*(self._members.ask(host) for host in self._members))
         observed = self._ledger.observed(self._now)
         if what == "placement":
-            return self.placement.to_json() if self.placement else {}
+            if self.placement is None:
+                raise NoControllerError("there is no placement yet; ask again in a moment")
+            return self.placement.to_json()
         if what == "decisions":
             return self._journal.entries()
         if what == "moves":

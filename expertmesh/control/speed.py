@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MIN_LAUNCHES = 8
 """Fewer are no measurement."""
+LEAST_FOR_ROWS = 1e-3
+"""Part of all time that rows take at least."""
 TOLERANCE = 1e-3
 """A model with more terms must explain this part more of what the launches took."""
 
@@ -111,7 +113,7 @@ def fit(sums: LaunchSums) -> TimeModel | None:
     than launches: what never varied cannot be told apart.
     """
     n, e, r = sums.launches, sums.experts, sums.rows
-    if n < MIN_LAUNCHES or sums.busy_s <= 0:
+    if n < MIN_LAUNCHES or r <= 0 or sums.busy_s <= 0:
         return None
     products = np.array(
         [[n, e, r], [e, sums.experts_squared, sums.experts_rows], [r, sums.experts_rows, sums.rows_squared]]
@@ -129,4 +131,6 @@ def fit(sums: LaunchSums) -> TimeModel | None:
             best, best_gain = dict(zip(terms, figures.tolist(), strict=True)), gain
     if best is None:
         return None
-    return TimeModel(launch_s=best.get(0, 0.0), row_s=best.get(2, 0.0), expert_s=best.get(1, 0.0))
+    # No row is free, however little it shows: whoever divides work by rows needs some figure.
+    row_s = max(best.get(2, 0.0), LEAST_FOR_ROWS * sums.busy_s / r)
+    return TimeModel(launch_s=best.get(0, 0.0), row_s=row_s, expert_s=best.get(1, 0.0))

@@ -15,6 +15,7 @@ from expertmesh.hosts.service import RunningServer
 from expertmesh.transport.loop import LoopThread
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
     from expertmesh.hosts.host import Host
@@ -52,11 +53,20 @@ class HostServer:
 class HostProcess:
     """A host in a child process (`python -m expertmesh.hosts`), which ends with this object or with this process."""
 
-    def __init__(self, token: str, *, memory: str = "1GiB", threads: int = 1, module: str = "expertmesh.hosts") -> None:
+    def __init__(
+        self,
+        token: str,
+        *,
+        memory: str = "1GiB",
+        threads: int = 1,
+        module: str = "expertmesh.hosts",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`module` is run with our environment and `environment`."""
         command = [sys.executable, "-m", module, "--memory", memory, "--threads", str(threads)]
-        environment = os.environ | {TOKEN_VARIABLE: token}
+        variables = os.environ | {TOKEN_VARIABLE: token} | (environment or {})
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, text=True
         )
         assert self._process.stdout is not None
         ready: dict[str, Any] = json.loads(self._process.stdout.readline() or "{}")

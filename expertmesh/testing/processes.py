@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 from expertmesh.control.cluster import RunningHost
 from expertmesh.hosts.process import HostProcess
 from expertmesh.placement import HostInfo
+from expertmesh.testing.slow_host import SLOWNESS_VARIABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from expertmesh.config import PoolSection
     from expertmesh.ids import HostId
 
@@ -23,10 +26,12 @@ class ProcessCluster:
     Pools' resources are ignored. Use as a context manager, which ends the processes.
     """
 
-    def __init__(self, num_hosts: int = 0, memory: str = "1GiB") -> None:
-        """`num_hosts` are started at once, more when they are asked for."""
+    def __init__(self, num_hosts: int = 0, memory: str = "1GiB", slowness: Mapping[str, int] | None = None) -> None:
+        """`num_hosts` are started at once, more when they are asked for. `slowness`: by pool, how many times slower
+        than this machine its hosts are; those are always started anew."""
         self.token = secrets.token_urlsafe()
         self._memory = memory
+        self._slowness = slowness or {}
         self._stack = ExitStack()
         self._idle = [self._launch() for _ in range(num_hosts)]
         self._lent: dict[HostId, tuple[RunningHost, HostProcess]] = {}
@@ -38,12 +43,17 @@ class ProcessCluster:
         """Processes that run, lent or not."""
         return len(self._idle) + len(self._lent)
 
-    def _launch(self) -> HostProcess:
-        return self._stack.enter_context(HostProcess(self.token, memory=self._memory))
+    def _launch(self, pool: str = "") -> HostProcess:
+        if pool not in self._slowness:
+            return self._stack.enter_context(HostProcess(self.token, memory=self._memory))
+        slow = {SLOWNESS_VARIABLE: str(self._slowness[pool])}
+        module = "expertmesh.testing.slow_host"
+        return self._stack.enter_context(HostProcess(self.token, memory=self._memory, module=module, environment=slow))
 
     async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
         """Lend a process that is idle, or a new one."""
-        process = self._idle.pop() if self._idle else await asyncio.to_thread(self._launch)
+        is_usual = pool.name not in self._slowness
+        process = self._idle.pop() if self._idle and is_usual else await asyncio.to_thread(self._launch, pool.name)
         info = HostInfo(id=host, address=process.address, socket=process.socket)
         running = RunningHost(info=info, pool=pool.name, node="here", process_id=process.pid)
         self._lent[host] = running, process

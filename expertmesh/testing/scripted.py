@@ -21,6 +21,7 @@ from expertmesh.engine.api import (
     PromptLogprobs,
     TokenEvent,
 )
+from expertmesh.errors import NoControllerError
 
 Step = int | tuple[int, ...] | Exception | str
 """A token; tokens that arrive together; an error to raise; or the text of an error that the engine reports."""
@@ -60,7 +61,11 @@ class ScriptedBackend:
         self._script = script
         self._vocab_size = vocab_size
         self._eos = frozenset(eos_token_ids)
-        self._mesh = mesh or {}
+        self.views = mesh or {}
+        """What `mesh` answers; the views that are missing are those that no controller answers."""
+        self.orders: list[tuple[str, dict[str, Any]]] = []
+        self.refusal: Exception | None = None
+        """Raised by `order`."""
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
         self.requests.append(request)
@@ -98,7 +103,15 @@ class ScriptedBackend:
         )
 
     async def mesh(self, what: str) -> Any:
-        return self._mesh[what]
+        if what not in self.views:
+            raise NoControllerError("the script says nothing of the mesh")
+        return self.views[what]
+
+    async def order(self, what: str, values: dict[str, Any]) -> Any:
+        if self.refusal is not None:
+            raise self.refusal
+        self.orders.append((what, values))
+        return {"accepted": True}
 
     async def healthy(self) -> bool:
         return self.is_healthy

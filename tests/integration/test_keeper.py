@@ -42,10 +42,11 @@ class Mesh:
     controller: Controller
     control: LoopThread
     exchange: Exchange
-    expected: dict[int, torch.Tensor] = field(default_factory=dict)
+    expected: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     calls: int = 0
-    hot: int = HOT
+    hot: int | None = HOT
+    tokens: int = 32
 
     def ask(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self.control.run(coroutine)
@@ -59,6 +60,11 @@ class Mesh:
     def replicas(self, expert: int, layer: int = 0) -> list[str]:
         return [host["id"] for host in self.report("placement")["hosts"] if [layer, expert] in host["experts"]]
 
+    def imbalance(self) -> float:
+        """The slowest host's time over the ideal, in the layer that is used."""
+        ratio = self.report("load")["imbalance_of_layers"][0]
+        return float("inf") if ratio is None else float(ratio)
+
     def wait(self, until: Callable[[], bool], what: str) -> float:
         """Seconds until something holds."""
         pause, began = threading.Event(), time.monotonic()
@@ -67,14 +73,16 @@ class Mesh:
             pause.wait(0.1)
         return time.monotonic() - began
 
-    def call(self, hot: int) -> None:
-        """One layer's worth of tokens that nearly all want the hot expert; the rows must be those of the first time."""
-        x = torch.randn(32, self.hidden, generator=torch.Generator().manual_seed(hot))
-        index = torch.full((32, 1), hot)
-        index[::8, 0] = (torch.arange(4) + hot + 1) % 16
+    def call(self, hot: int | None) -> None:
+        """One layer's worth of tokens that nearly all want the hot expert, or all in turn; the rows must be those of
+        the first time."""
+        x = torch.randn(self.tokens, self.hidden, generator=torch.Generator().manual_seed(7))
+        index = (torch.arange(self.tokens) % 16).unsqueeze(1)
+        if hot is not None:
+            index[torch.arange(self.tokens) % 8 > 0] = hot
         rows = self.exchange.run(0, x, index)
         self.calls += 1
-        if not torch.equal(rows, self.expected.setdefault(hot, rows)):
+        if not torch.equal(rows, self.expected.setdefault((hot, self.tokens), rows)):
             self.failures.append(f"call {self.calls}: other rows")
 
     hidden: int = 0
@@ -84,7 +92,7 @@ class Mesh:
 def running(index: CheckpointIndex, **config: Any) -> Iterator[Mesh]:
     """A mesh under steady load. Every answer is checked."""
     stop = threading.Event()
-    with ProcessCluster(memory=config.pop("memory", "1GiB")) as cluster:
+    with ProcessCluster(slowness=config.pop("slowness", None)) as cluster:
         control = LoopThread("controller")
         controller = make_controller(index, cluster, **config)
         control.run(controller.start())
@@ -123,9 +131,9 @@ def running(index: CheckpointIndex, **config: Any) -> Iterator[Mesh]:
 
 
 def make_controller(index: CheckpointIndex, cluster: ProcessCluster, **config: Any) -> Controller:
-    pool = {"hosts": 2, "memory": "1GiB"} | config.pop("pool", {})
+    pools = config.pop("pools", None) or ({"hosts": 2} | config.pop("pool", {}),)
     experts = {"half_life_s": 1.0, "replan_s": 0.5} | config.pop("experts", {})
-    mesh = MeshConfig(model="tiny", pools=(PoolSection(**pool),), experts=experts)
+    mesh = MeshConfig(model="tiny", pools=tuple(PoolSection(**pool) for pool in pools), experts=experts)
     return Controller(mesh, cluster, lambda host: GrpcHostControl(host, cluster.token), lambda: index, SYSTEM_CLOCK)
 
 
@@ -178,3 +186,24 @@ def test_a_new_controller_goes_on_where_the_last_one_stopped(index: CheckpointIn
         assert mesh.report("placement")["epoch"] == epoch
         before = mesh.calls
         mesh.wait(lambda: mesh.calls > before + 50, "answers all the while")
+
+
+def test_unlike_hosts_get_rows_by_their_measured_rates(index: CheckpointIndex) -> None:
+    """One host is three times slower. The rows of each follow its rate, and the layer's time is near the ideal."""
+    pools = ({"name": "fast", "hosts": 1}, {"name": "slow", "hosts": 1})
+    with running(index, pools=pools, slowness={"slow": 3}) as mesh:
+        mesh.tokens, mesh.hot = 512, None
+        mesh.wait(lambda: mesh.calls > 200, "load")
+        mesh.wait(lambda: mesh.imbalance() < 1.05, "a placement that suits the rates")
+        before = {host["id"]: host for host in mesh.report("hosts")}
+        begun = mesh.calls
+        mesh.wait(lambda: mesh.calls > begun + 300, "a measurement")
+        hosts = mesh.report("hosts")
+        rows = {host["id"]: host["rows"] - before[host["id"]]["rows"] for host in hosts}
+        rates = {host["id"]: (host["rate"] + before[host["id"]]["rate"]) / 2 for host in hosts}
+        for host, of in rows.items():
+            share = of / sum(rows.values())
+            assert share == pytest.approx(rates[host] / sum(rates.values()), rel=0.1), (rows, rates)
+        assert rates["fast-0"] > 1.5 * rates["slow-0"]  # three times, less what a launch costs either of them
+        slowest_s = max(of / rates[host] for host, of in rows.items())
+        assert slowest_s <= 1.1 * sum(rows.values()) / sum(rates.values())

@@ -122,3 +122,10 @@ def test_a_host_that_counts_from_zero_again_is_measured_anew() -> None:
     meter.observe(A, "pool", 2, LaunchSums())
     meter.observe(A, "pool", 3, launched(MIXED, TRUE))
     assert close(meter.time_model(A), TRUE)
+
+
+def test_rows_always_cost_something() -> None:
+    """Measured noise may say that more rows take no longer; a split by finish times needs more than nothing."""
+    model = fit(launched(MIXED, TimeModel(launch_s=0.002, row_s=0.0, expert_s=0.001)))
+    assert model is not None
+    assert 0 < model.row_s * 72 < 0.01 * model.seconds(72, 7)

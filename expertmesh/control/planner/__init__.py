@@ -7,9 +7,9 @@ It knows nothing of how replicas get to where it wants them, nor of what a slot 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from expertmesh.control.planner.copies import deserved
 from expertmesh.control.planner.draft import Draft, Layout
@@ -21,6 +21,9 @@ from expertmesh.control.planner.repair import complete, shed, spread_out
 from expertmesh.control.planner.values import Change, HostSupply, Loads, Plan, PlanOptions, Replicas, Survives
 from expertmesh.errors import ConfigError
 from expertmesh.ids import ExpertId
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Change", "HostSupply", "Plan", "PlanOptions", "Survives", "plan"]
 

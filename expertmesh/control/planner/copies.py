@@ -7,8 +7,10 @@ budget over all layers: the expert that stands out most gets the next.
 from __future__ import annotations
 
 import heapq
+from typing import TYPE_CHECKING
 
-from expertmesh.control.planner.values import Loads
+if TYPE_CHECKING:
+    from expertmesh.control.planner.values import Loads
 
 _OFFSET = 0.2
 """Loads are divided by (replicas - this): the load of an expert with few replicas swings more, relative to what they

@@ -6,12 +6,16 @@ Invariant: no host holds more replicas than it has slots, and none of an expert 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from expertmesh.control.planner.fleet import Fleet
-from expertmesh.control.planner.values import Loads
 from expertmesh.levelling import Levels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from expertmesh.control.planner.fleet import Fleet
+    from expertmesh.control.planner.values import Loads
 
 Layout = list[list[int]]
 """The hosts of each expert of one layer."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import TYPE_CHECKING
 
-from expertmesh.control.planner.values import HostSupply, PlanOptions, Survives
 from expertmesh.errors import ConfigError
-from expertmesh.ids import HostId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from expertmesh.control.planner.values import HostSupply, PlanOptions, Survives
+    from expertmesh.ids import HostId
 
 Domains = tuple[int, ...]
 """Per host, the number of the failure domain that it is in."""

@@ -5,11 +5,15 @@ A layer is changed step by step, or laid out anew when that is worth its moves. 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from expertmesh.control.planner.copies import deserved, heat_unit, may_retire_one
 from expertmesh.control.planner.draft import Draft, LayerTimes, Layout, num_moves
 from expertmesh.control.planner.layout import lay_out
 from expertmesh.control.planner.steps import relieve
-from expertmesh.control.planner.values import PlanOptions
+
+if TYPE_CHECKING:
+    from expertmesh.control.planner.values import PlanOptions
 
 _SAME = 1e-9
 """Relative difference of two times that is rounding."""

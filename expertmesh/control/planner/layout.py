@@ -10,16 +10,20 @@ linked with those it has. The many light experts then fill up what is left, chea
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from expertmesh.control.planner.fleet import Fleet
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from expertmesh.control.planner.fleet import Fleet
 
 _HEAVY = 0.25
 """Part of an average host's work from which an expert counts as heavy."""
-_JOIN = 0.85
+_JOIN = 0.9
 """How full a host may get by the first replica of an expert that joins it."""
 _FLOOR = 0.02
 """Experts count for at least this part of the average one, so that those without load are spread too."""

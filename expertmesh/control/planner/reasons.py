@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from expertmesh.control.planner.draft import Draft, LayerTimes, Layout
 from expertmesh.control.planner.values import Change
 from expertmesh.ids import ExpertId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def changes(draft: Draft, before: list[Layout]) -> tuple[Change, ...]:

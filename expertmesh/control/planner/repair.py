@@ -7,12 +7,16 @@ matching of experts and slots), so that whatever fits is found to fit.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
 from math import inf
+from typing import TYPE_CHECKING
 
-from expertmesh.control.planner.draft import Draft
 from expertmesh.errors import ConfigError
 from expertmesh.ids import ExpertId
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from expertmesh.control.planner.draft import Draft
 
 
 def shed(draft: Draft) -> None:

@@ -9,9 +9,12 @@ time; it is computed exactly, and a step that does not lower it is not taken.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from expertmesh.control.planner.copies import earns_another, heat_unit
-from expertmesh.control.planner.draft import Draft, LayerTimes, Layout
+
+if TYPE_CHECKING:
+    from expertmesh.control.planner.draft import Draft, LayerTimes, Layout
 
 _TRIED = 3
 """Experts of a closed set that each kind of step is tried with, and hosts outside of it."""
