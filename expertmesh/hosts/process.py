@@ -64,7 +64,7 @@ class HostProcess:
     ) -> None:
         """`module` is run with our environment and `environment`."""
         command = [sys.executable, "-m", module, "--memory", memory, "--threads", str(threads)]
-        variables = os.environ | {TOKEN_VARIABLE: token} | (environment or {})
+        variables = os.environ | {TOKEN_VARIABLE: token} | dict(environment or {})
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, text=True
         )

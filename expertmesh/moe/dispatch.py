@@ -119,7 +119,8 @@ def _choose_replica(
     rank = np.empty_like(expert)
     rank[order] = np.arange(len(expert)) - start_E[expert[order]]
     ends_EM = np.cumsum(counts_EM[:, :-1], axis=1)
-    return (rank[:, None] >= ends_EM[expert]).sum(axis=1)
+    replica: NDArray[np.int64] = (rank[:, None] >= ends_EM[expert]).sum(axis=1)
+    return replica
 
 
 def _rows_once(

@@ -19,6 +19,8 @@ from expertmesh.moe.dispatch import HostPart, make_dispatch_plan
 from expertmesh.transport import LayerReply, LayerRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from expertmesh.clock import Clock
@@ -88,6 +90,8 @@ class Exchange:
         self._transport = transport
         self._clock = clock
         self._placement = placement
+        self.observe: Callable[[int, NDArray[np.int64]], None] | None = None
+        """Called with (layer, index_TK) of every exchange, where somebody wants to know what the gates choose."""
 
     @property
     def placement(self) -> Placement:
@@ -109,6 +113,8 @@ class Exchange:
         num_pairs = num_tokens * num_choices
         if num_tokens == 0:
             return x_TH.new_empty(0, num_choices, x_TH.shape[1])
+        if self.observe is not None:
+            self.observe(layer, index_TK.numpy())
         x = x_TH.contiguous()
         x_TB = x.view(torch.uint8).numpy()
         run = _Run(
