@@ -100,6 +100,8 @@ class Controller:
                 self._keeper.router_uses(router, newer_than)
                 placement = self._keeper.placement
                 if placement is not None and placement.epoch > newer_than:
+                    if newer_than == 0:  # it holds none yet: from here on, what it is sent must not be dropped
+                        self._keeper.router_uses(router, placement.epoch)
                     return placement
             left_s = deadline - self._clock.monotonic()
             if left_s <= 0 or self.start_up.error:

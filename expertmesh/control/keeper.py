@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 MODELS_CHANGED = 0.1
 """Routers are told anew how fast hosts are when one's time for a row has changed by this part."""
 MODELS_EVERY_S = 2.0
+PAUSE_PER_TURN = 4.0
+"""Times as long as a turn took, nothing but other tasks runs."""
 
 
 class Keeper:
@@ -100,7 +102,9 @@ class Keeper:
         self._published_at = 0.0
         self._broken: CheckpointError | None = None
         """What the checkpoint lacks, found before the mesh was up."""
+        self._publishing = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._starts: dict[HostId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.placement: Placement | None = None
         """The current one."""
@@ -198,7 +202,10 @@ class Keeper:
             self._desired = dict(observed.current)
         for action in steps.actions:
             self._begin(action, now)
-        self._refresh_models(now)
+        if not steps.actions:
+            self._refresh_models(observed, now)
+        # Large models make turns long: most of the time is for those who ask, whatever happens.
+        await asyncio.sleep(min(ASK_EVERY_S, PAUSE_PER_TURN * (self._now - now)))
         pause_s = min(ASK_EVERY_S, max(0.0, steps.wake_at - self._now))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), pause_s)
@@ -211,12 +218,19 @@ class Keeper:
         for step in self._scaler.decide(self._members.pools(observed.hosts), now):
             if isinstance(step, StartHost):
                 host = self._new_name(step.pool)
-                self._journal.add("start host", f"{host}: {step.why}")
-                self._spawn(self._start_another(host, self._pools[step.pool]))
+                self._journal.add("start host", f"{host}: {step.why}", host=host)
+                self._starts[host] = self._spawn(self._start_another(host, self._pools[step.pool]))
             else:
-                self._journal.add("drain host", f"{step.host}: {step.why}")
-                self._ledger.host_draining(step.host, now)
-                self._plan_soon()
+                self._journal.add("drain host", f"{step.host}: {step.why}", host=step.host)
+                self._drain(step.host, now)
+
+    def _drain(self, host: HostId, now: float) -> None:
+        """Empty a host and stop it; one that is still starting is stopped at once."""
+        if host in self._starts:
+            self._starts[host].cancel()
+        else:
+            self._ledger.host_draining(host, now)
+        self._plan_soon()
 
     def _replan(self, now: float) -> None:
         self._plan_at = now + self._config.experts.replan_s
@@ -258,17 +272,18 @@ class Keeper:
     def _begin(self, action: Action, now: float) -> None:
         self._ledger.begun(action, now)
         if isinstance(action, Publish):
-            self._publish(action)
+            self._spawn(self._publish(action))
         else:
             self._spawn(self._carry_out(action))
 
-    def _publish(self, action: Publish) -> None:
-        self.placement = self._placement(action.epoch, action.replicas)
-        self._published_at = self._now
-        self._journal.add("publish", action.why, epoch=action.epoch)
-        note = Note(epoch=action.epoch, replicas=action.replicas, named=self._named)
-        self._spawn(self._cluster.save(note.to_bytes()))
-        self._tell()
+    async def _publish(self, action: Publish) -> None:
+        """Leave a note for the next controller, then tell the routers: it must never know less than they do."""
+        async with self._publishing:
+            await self._cluster.save(Note(epoch=action.epoch, replicas=action.replicas, named=self._named).to_bytes())
+            self.placement = self._placement(action.epoch, action.replicas)
+            self._published_at = self._now
+            self._journal.add("publish", action.why, epoch=action.epoch)
+            self._tell()
 
     def _placement(self, epoch: int, replicas: Mapping[ExpertId, tuple[HostId, ...]]) -> Placement:
         models = self._time_models()
@@ -286,17 +301,17 @@ class Keeper:
         usual = views.usual(model for model in known.values() if model is not None)
         return {host: model or usual for host, model in known.items()}
 
-    def _refresh_models(self, now: float) -> None:
+    def _refresh_models(self, observed: Observed, now: float) -> None:
         """Tell routers anew how fast hosts are, when that is not what they were told."""
-        if self.placement is None or now < self._published_at + MODELS_EVERY_S:
+        if self.placement is None or not observed.is_settled or now < self._published_at + MODELS_EVERY_S:
+            return
+        if not observed.published or observed.newest_epoch != self.placement.epoch:
             return
         models = self._time_models()
         told = {host.id: host.time_model for host in self.placement.hosts}
         if any(views.differ(models[host], told[host], MODELS_CHANGED) for host in models.keys() & told.keys()):
-            newest = self._ledger.observed(now).newest_epoch
-            self._begin(
-                Publish(epoch=newest + 1, replicas=self.placement.replicas, why="hosts are as fast as measured"), now
-            )
+            why = "hosts are as fast as measured"
+            self._begin(Publish(epoch=observed.newest_epoch + 1, replicas=observed.current, why=why), now)
 
     async def _carry_out(self, action: Load | Drop | StopHost) -> None:
         """Do it, and tell the ledger how it went."""
@@ -342,10 +357,12 @@ class Keeper:
             await self._start_host(host, pool)
         except ExpertMeshError as error:
             self._scaler.start_failed(pool.name, self._now)
-            self._journal.add("failed", f"start of {host}: {error}")
+            self._journal.add("failed", f"start of {host}: {error}", host=host)
         else:
             self._scaler.start_succeeded(pool.name)
-            self._journal.add("host ready", f"{host}, after {self._now - began:.1f} s")
+            self._journal.add("host ready", f"{host}, after {self._now - began:.1f} s", host=host)
+        finally:
+            del self._starts[host]
 
     # --- what others ask ---------------------------------------------------------------------------------------------
 
@@ -396,8 +413,8 @@ class Keeper:
         elif what == "drain":
             host = HostId(values["host"])
             check_drain(host, self._ledger.observed(now), self._num_experts, self._limits.min_replicas)
-            self._ledger.host_draining(host, now)
             self._journal.add("asked", f"drain host {host}")
+            self._drain(host, now)
         else:
             assert what == "rebalance", what
             self._journal.add("asked", "rebalance")
@@ -423,10 +440,11 @@ class Keeper:
     def _now(self) -> float:
         return self._clock.monotonic()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -63,12 +63,14 @@ class LoadMeter:
         if known is not None and at_s <= known.at_s:
             return
         rows_of = dict(replicas)
-        for expert, rows in rows_of.items() if known is not None else ():
+        self._hosts[host] = _Report(at_s, rows_of)
+        if known is None:
+            return
+        for expert, rows in rows_of.items():
             before = known.rows_of.get(expert, 0)
             more = rows - before if rows >= before else rows
             self._arrived_X[self._starts[expert.layer] + expert.index] += more
             self._total_X[self._starts[expert.layer] + expert.index] += more
-        self._hosts[host] = _Report(at_s, rows_of)
 
     def count(self, layer: int, rows_E: NDArray[np.integer]) -> None:
         """Take in rows of one layer that are known from elsewhere than a host's report."""

@@ -98,15 +98,13 @@ class Members:
         try:
             running = await self._cluster.start(host, pool)
             control = self._connect(running.info)
-            try:
-                await control.configure(self._configuration)
-            except ExpertMeshError:
-                await control.close()
-                await self._cluster.stop(host)
-                raise
-            self._welcome(running, control)
+            await control.configure(self._configuration)
+        except (ExpertMeshError, asyncio.CancelledError):
+            await self._cluster.stop(host)
+            raise
         finally:
             del self._starting[host]
+        self._welcome(running, control)
         await self.ask(host)
         self._changed()
 
@@ -126,7 +124,7 @@ class Members:
         member = self._members.pop(host, None)
         if member is None:
             return
-        self._journal.add("host ended", f"{host}: {cause}")
+        self._journal.add("host ended", f"{host}: {cause}", host=host)
         self._ledger.host_gone(host)
         self._meter.forget(host)
         self._speeds.forget(host)
@@ -157,6 +155,8 @@ class Members:
             return
         finally:
             member.is_asked = False
+        if statistics.done.rows and (member.statistics is None or not member.statistics.done.rows):
+            self._journal.add("first row", f"{host} serves", host=host)
         before = member.statistics
         if before is not None and statistics.at_s > before.at_s:
             member.busy = (statistics.done.busy_s - before.done.busy_s) / (statistics.at_s - before.at_s)

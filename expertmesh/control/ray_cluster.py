@@ -95,7 +95,9 @@ class RayCluster:
         try:
             await actor.live.remote()
         except ray.exceptions.RayError as error:
-            return _last_line(error)
+            if host not in self._actors:
+                return "it was stopped"
+            return _last_line(error).partition(" Worker exit type:")[0]  # the rest is advice on Ray
         return "it ended"
 
     async def stop(self, host: HostId) -> None:

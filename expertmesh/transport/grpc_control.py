@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -79,6 +80,11 @@ class GrpcHostControl:
     async def _ask(self, call: Awaitable[T]) -> T:
         try:
             return await call
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise ReplicaUnavailableError(self._host.id, "the connection was closed") from None
         except grpc.aio.AioRpcError as error:
             kind = _ERRORS.get(error.code())
             if kind is not None:

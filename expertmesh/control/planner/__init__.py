@@ -20,7 +20,7 @@ from expertmesh.control.planner.reasons import changes
 from expertmesh.control.planner.repair import complete, shed, spread_out
 from expertmesh.control.planner.values import Change, HostSupply, Loads, Plan, PlanOptions, Replicas, Survives
 from expertmesh.errors import ConfigError
-from expertmesh.ids import ExpertId
+from expertmesh.ids import ExpertId, HostId
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,15 +106,22 @@ def _settle(draft: Draft, options: PlanOptions) -> None:
 
 def _result(draft: Draft, before: list[Layout], inventory: Sequence[HostSupply]) -> Plan:
     fleet = draft.fleet
-    replicas, split, max_time = {}, {}, []
     ids = fleet.ids
+    # Most experts have one host: sharing these values makes the result of a large model several times quicker to build.
+    only = [((host,), {host: 1.0}) for host in ids]
+    replicas: dict[ExpertId, tuple[HostId, ...]] = {}
+    split: dict[ExpertId, dict[HostId, float]] = {}
+    max_time = []
     for number, layout in enumerate(draft.layers):
         times = draft.times(number)
         max_time.append(times.slowest())
         for index, hosts in enumerate(layout):
             expert = ExpertId(number, index)
-            replicas[expert] = tuple([ids[host] for host in hosts])
-            split[expert] = {ids[host]: share for host, share in times.shares(index, hosts).items()}
+            if len(hosts) == 1:
+                replicas[expert], split[expert] = only[hosts[0]]
+            else:
+                replicas[expert] = tuple([ids[host] for host in hosts])
+                split[expert] = {ids[host]: share for host, share in times.shares(index, hosts).items()}
     speed = sum(fleet.rate)
     reasons = changes(draft, before)
     return Plan(

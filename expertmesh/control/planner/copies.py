@@ -10,6 +10,8 @@ import heapq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from expertmesh.control.planner.values import Loads
 
 _OFFSET = 0.2
@@ -23,7 +25,7 @@ _LEAST_PART = 1 / 12
 """Experts below this part of an average host's work are never hot: hosts can be packed level with pieces so small."""
 
 
-def heat_unit(loads: list[float], num_hosts: int) -> float:
+def heat_unit(loads: Sequence[float], num_hosts: int) -> float:
     """The load that an expert of one layer is measured by: the average expert's, within bounds set by a host's work."""
     total = sum(loads)
     budget = total / num_hosts
@@ -42,7 +44,7 @@ def may_retire_one(load: float, replicas: int, unit: float) -> bool:
 def deserved(loads: Loads, num_hosts: int, min_replicas: int, spare: int) -> list[list[int]]:
     """Replicas per layer and expert: `min_replicas` each, and at most `spare` more in all, at most one on each host."""
     counts = [[min_replicas] * len(layer) for layer in loads]
-    units = [heat_unit(list(layer), num_hosts) if layer else 0.0 for layer in loads]
+    units = [heat_unit(layer, num_hosts) if layer else 0.0 for layer in loads]
     waiting = [
         (-load / (min_replicas - _OFFSET), number, expert)
         for number, layer in enumerate(loads)

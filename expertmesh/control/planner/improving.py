@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _SAME = 1e-9
 """Relative difference of two times that is rounding."""
+_LEAST_GAIN = 1e-6
+"""Changes must gain more than retiring may lose by rounding, or planning might not end."""
 
 
 def improve(draft: Draft, layer: int, options: PlanOptions) -> bool:
@@ -42,7 +44,7 @@ def improve(draft: Draft, layer: int, options: PlanOptions) -> bool:
         anew = _anew(draft, layer)
         if anew is not None and (of_anew := gain(anew)) > most:
             best, most = anew, of_anew
-    if most < max(options.min_gain, _SAME):
+    if most < max(options.min_gain, _LEAST_GAIN):
         return False
     draft.replace(layer, best)
     return True

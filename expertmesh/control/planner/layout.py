@@ -161,8 +161,8 @@ class _Filling:
         for host in current:
             if len(mine) < count and self._room[host] > 0 and self._finish(host, share) <= self._in_time:
                 self._take(host, share, mine)
-        while len(mine) < count and (host := self._choose(share, mine)) is not None:
-            self._take(host, share, mine)
+        while len(mine) < count and (chosen := self._choose(share, mine)) is not None:
+            self._take(chosen, share, mine)
         return mine
 
     def _take(self, host: int, share: float, mine: list[int]) -> None:

@@ -14,7 +14,7 @@ from expertmesh.errors import ConfigError
 from expertmesh.ids import ExpertId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from expertmesh.control.planner.draft import Draft
 
@@ -60,15 +60,13 @@ def spread_out(draft: Draft) -> None:
             assert draft.fleet.span is not None
             of = draft.fleet.domains[draft.fleet.span]
             here = of[hosts[0]]
-            if _make_room(draft, layer, expert, lambda host, of=of, here=here: of[host] != here):  # type: ignore[misc]
-                work = _even_work(draft, layer)
-                slowest = max(
-                    (host for host in hosts if draft.can_lose(hosts, host)),
-                    key=lambda host: (work[host] / (draft.fleet.rate[host] or 1e-300), host),
-                    default=None,
-                )
-                if slowest is not None:
-                    draft.drop(layer, expert, slowest)
+            # Its own slot comes free first: another replica may need it to make room elsewhere.
+            work = _even_work(draft, layer)
+            leaving = max(hosts, key=lambda host: (work[host] / (draft.fleet.rate[host] or 1e-300), host))
+            draft.drop(layer, expert, leaving)
+            elsewhere = [host for host, domain in enumerate(of) if domain != here]
+            if not _make_room(draft, layer, expert, elsewhere):
+                draft.add(layer, expert, leaving)
 
 
 def _even_work(draft: Draft, layer: int) -> list[float]:
@@ -95,20 +93,20 @@ def _add_one(draft: Draft, layer: int, expert: int, work: list[float]) -> None:
         draft.add(layer, expert, host)
         work[host] += load
         return
-    if not _make_room(draft, layer, expert, lambda host: True):
+    if not _make_room(draft, layer, expert, range(len(draft.free))):
         raise ConfigError(
             f"expert {ExpertId(layer, expert)} finds no {draft.min_replicas} hosts with a free slot: give the smaller "
             "hosts more slots, or lower min_replicas"
         )
 
 
-def _make_room(draft: Draft, layer: int, expert: int, may: Callable[[int], bool]) -> bool:
-    """Add a replica on a host that `may` hold it, moving others over if need be; whether that was possible.
+def _make_room(draft: Draft, layer: int, expert: int, on: Iterable[int]) -> bool:
+    """Add a replica on one of the hosts `on`, moving others over if need be; whether that was possible.
 
     Breadth first over hosts: one with a free slot, or with a replica that is not needed, ends the search.
     """
     hosts = draft.layers[layer][expert]
-    start = [host for host in range(len(draft.free)) if host not in hosts and may(host)]
+    start = sorted((host for host in on if host not in hosts), key=lambda host: (-draft.free[host], host))
     held = _held(draft)
     came_by: dict[int, tuple[tuple[int, int], int | None]] = dict.fromkeys(start, ((layer, expert), None))
     queue = deque(start)
