@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import replace
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.control import views
@@ -22,6 +22,7 @@ from expertmesh.control.members import ASK_EVERY_S, Members
 from expertmesh.control.note import Note
 from expertmesh.control.planner import PlanOptions
 from expertmesh.control.progress import Watchdog, moves
+from expertmesh.control.publisher import Publisher
 from expertmesh.control.reconciler import reconcile
 from expertmesh.control.scaling import PoolPolicy, Scaler, StartHost
 from expertmesh.control.speed import SpeedMeter
@@ -36,7 +37,6 @@ from expertmesh.errors import (
 )
 from expertmesh.hosts.configuration import configuration_for
 from expertmesh.ids import ExpertId, HostId
-from expertmesh.placement import Placement, TimeModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -48,13 +48,10 @@ if TYPE_CHECKING:
     from expertmesh.control.cluster import Cluster, HostControl, RunningHost
     from expertmesh.control.reconciler import Steps
     from expertmesh.control.state import Observed
-    from expertmesh.placement import HostInfo
+    from expertmesh.placement import HostInfo, Placement
 
 logger = logging.getLogger(__name__)
 
-MODELS_CHANGED = 0.1
-"""Routers are told anew how fast hosts are when one's time for a row has changed by this part."""
-MODELS_EVERY_S = 2.0
 PAUSE_PER_TURN = 4.0
 """Times as long as a turn took, nothing but other tasks runs."""
 
@@ -76,7 +73,6 @@ class Keeper:
         self._index = index
         self._cluster = cluster
         self._clock = clock
-        self._tell = published
         self._pools = {pool.name: pool for pool in config.pools}
         self._configuration = configuration_for(index, config.model)
         self._limits = Limits(min_replicas=config.experts.min_replicas)
@@ -86,7 +82,8 @@ class Keeper:
         self._speeds = SpeedMeter()
         self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs)
         self._connect = connect
-        self._members = self._new_members()
+        self._tell = published
+        self._join()
         self._scaler = Scaler(
             [
                 PoolPolicy(pool=p.name, min_hosts=p.fewest_hosts, max_hosts=p.most_hosts, target=p.target)
@@ -99,18 +96,15 @@ class Keeper:
         self._named = dict.fromkeys(self._pools, 0)
         self._desired: Mapping[ExpertId, tuple[HostId, ...]] = {}
         self._plan_at = 0.0
-        self._published_at = 0.0
         self._broken: CheckpointError | None = None
         """What the checkpoint lacks, found before the mesh was up."""
-        self._publishing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._starts: dict[HostId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.placement: Placement | None = None
-        """The current one."""
 
-    def _new_members(self) -> Members:
-        return Members(
+    def _join(self) -> None:
+        """Connect the parts that share the ledger."""
+        self._members = Members(
             self._cluster,
             self._connect,
             self._configuration,
@@ -121,6 +115,13 @@ class Keeper:
             self._clock,
             self._plan_soon,
         )
+        num_experts = self._configuration.layer_experts
+        self._publisher = Publisher(num_experts, self._cluster, self._members, self._speeds, self._clock, self._tell)
+
+    @property
+    def placement(self) -> Placement | None:
+        """The current one."""
+        return self._publisher.current
 
     # --- start -------------------------------------------------------------------------------------------------------
 
@@ -130,11 +131,12 @@ class Keeper:
         Raises ConfigError when a host does not start or the experts do not fit, CheckpointError when one cannot be
         read.
         """
-        found = await self._cluster.running()
-        if found:
+        if found := await self._cluster.running():
             await self._take_over(found)
-            return
-        wanted = [pool for pool in self._config.pools for _ in range(pool.hosts)]
+        there = Counter(host.pool for host in found)
+        wanted = [pool for pool in self._config.pools for _ in range(pool.hosts - there[pool.name])]
+        if self.placement is not None:
+            wanted = []  # the scaler knows better by now
         done = 0
 
         async def start(pool: PoolSection, host: HostId) -> None:
@@ -145,7 +147,8 @@ class Keeper:
 
         show("starting hosts", 0, len(wanted))
         await asyncio.gather(*(start(pool, self._new_name(pool.name)) for pool in wanted))
-        self._plan("the first placement")
+        if self.placement is None:
+            self._plan("the first placement")
         total = sum(map(len, self._desired.values()))
         while self.placement is None:
             steps = await self._turn()
@@ -157,7 +160,7 @@ class Keeper:
     async def _take_over(self, found: list[RunningHost]) -> None:
         """Go on where the controller before this one stopped."""
         self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs, restarted=True)
-        self._members = self._new_members()
+        self._join()
         note = Note.from_bytes(await self._cluster.saved())
         if note is not None:
             self._named |= note.named
@@ -169,9 +172,8 @@ class Keeper:
         for host in found:
             self._spawn(self._members.mourn(host.info.id))
         if note is not None:
-            self.placement = self._placement(note.epoch, note.replicas)
+            self._publisher.adopt(note)
         self._journal.add("take over", f"a controller was here before: {len(found)} hosts run")
-        self._spawn(self._keep())
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -202,8 +204,8 @@ class Keeper:
             self._desired = dict(observed.current)
         for action in steps.actions:
             self._begin(action, now)
-        if not steps.actions:
-            self._refresh_models(observed, now)
+        if not steps.actions and (renewal := self._publisher.renewal(observed)) is not None:
+            self._begin(renewal, now)
         # Large models make turns long: most of the time is for those who ask, whatever happens.
         await asyncio.sleep(min(ASK_EVERY_S, PAUSE_PER_TURN * (self._now - now)))
         pause_s = min(ASK_EVERY_S, max(0.0, steps.wake_at - self._now))
@@ -272,46 +274,10 @@ class Keeper:
     def _begin(self, action: Action, now: float) -> None:
         self._ledger.begun(action, now)
         if isinstance(action, Publish):
-            self._spawn(self._publish(action))
+            self._journal.add("publish", action.why, epoch=action.epoch)
+            self._spawn(self._publisher.publish(action, self._named))
         else:
             self._spawn(self._carry_out(action))
-
-    async def _publish(self, action: Publish) -> None:
-        """Leave a note for the next controller, then tell the routers: it must never know less than they do."""
-        async with self._publishing:
-            await self._cluster.save(Note(epoch=action.epoch, replicas=action.replicas, named=self._named).to_bytes())
-            self.placement = self._placement(action.epoch, action.replicas)
-            self._published_at = self._now
-            self._journal.add("publish", action.why, epoch=action.epoch)
-            self._tell()
-
-    def _placement(self, epoch: int, replicas: Mapping[ExpertId, tuple[HostId, ...]]) -> Placement:
-        models = self._time_models()
-        hosts = tuple(replace(self._members[host].running.info, time_model=models[host]) for host in self._members)
-        return Placement(
-            epoch=epoch,
-            hosts=hosts,
-            num_experts=self._configuration.layer_experts,
-            replicas={expert: tuple(host for host in of if host in self._members) for expert, of in replicas.items()},
-        )
-
-    def _time_models(self) -> dict[HostId, TimeModel]:
-        """How fast every host is; one that is not measured yet is taken for a usual one."""
-        known = {host: self._speeds.time_model(host) for host in self._members}
-        usual = views.usual(model for model in known.values() if model is not None)
-        return {host: model or usual for host, model in known.items()}
-
-    def _refresh_models(self, observed: Observed, now: float) -> None:
-        """Tell routers anew how fast hosts are, when that is not what they were told."""
-        if self.placement is None or not observed.is_settled or now < self._published_at + MODELS_EVERY_S:
-            return
-        if not observed.published or observed.newest_epoch != self.placement.epoch:
-            return
-        models = self._time_models()
-        told = {host.id: host.time_model for host in self.placement.hosts}
-        if any(views.differ(models[host], told[host], MODELS_CHANGED) for host in models.keys() & told.keys()):
-            why = "hosts are as fast as measured"
-            self._begin(Publish(epoch=observed.newest_epoch + 1, replicas=observed.current, why=why), now)
 
     async def _carry_out(self, action: Load | Drop | StopHost) -> None:
         """Do it, and tell the ledger how it went."""
