@@ -1,7 +1,7 @@
 """How fast hosts are, from what their launches took. Pure.
 
 Hosts of a pool are alike, so one linear model is fitted to all their launches: what a launch costs, each distinct
-expert in it, each row. A host may still be slower than its fellows, hotter or shared with others: it gets one factor.
+expert in it, each row. A host may still be slower than its fellows, hotter or shared with others, and then gets a factor.
 So a host is judged by its device and not by what the gate happened to send it.
 """
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MIN_LAUNCHES = 8
 """Fewer are no measurement."""
+ALIKE, ALIKE_AGAIN = 1.3, 1.15
+"""A host that differs from its pool by more than the first factor is judged by itself, until within the second."""
 LEAST_FOR_ROWS = 1e-3
 """Part of all time that rows take at least."""
 TOLERANCE = 1e-3
@@ -38,27 +40,35 @@ class SpeedMeter:
         self._pools: dict[HostId, str] = {}
         self._history: dict[HostId, deque[tuple[float, LaunchSums]]] = {}
         self._shapes: dict[str, TimeModel] = {}
+        self._totals: dict[str, LaunchSums] = {}
+        """Of each pool, what its hosts did within the window."""
+        self._unlike: set[HostId] = set()
+        """The hosts that are not like the others of their pool."""
 
     def observe(self, host: HostId, pool: str, at_s: float, done: LaunchSums) -> None:
         """Take in what a host has done up to `at_s` of its own clock. An older report than the last changes nothing."""
-        self._pools[host] = pool
         history = self._history.setdefault(host, deque())
         if history and at_s <= history[-1][0]:
             return
+        before = self._recent(host)
+        self._pools[host] = pool
         if history and done.launches < history[-1][1].launches:
             history.clear()  # it was configured anew, and counts from zero
         history.append((at_s, done))
         while len(history) > 2 and history[1][0] < at_s - self._window_s:
             history.popleft()
-        recent = [self._recent(other) for other, of in self._pools.items() if of == pool]
-        shape = fit(total(recent))
+        self._totals[pool] = total((self._totals.get(pool, LaunchSums()), self._recent(host).since(before)))
+        shape = fit(self._totals[pool])
         if shape is not None:
             self._shapes[pool] = shape
+        self._judge(host)
 
     def forget(self, host: HostId) -> None:
         """The host is gone for good."""
-        self._pools.pop(host, None)
+        if (pool := self._pools.pop(host, None)) is not None:
+            self._totals[pool] = self._totals[pool].since(self._recent(host))
         self._history.pop(host, None)
+        self._unlike.discard(host)
 
     def _recent(self, host: HostId) -> LaunchSums:
         history = self._history.get(host)
@@ -67,31 +77,41 @@ class SpeedMeter:
     def time_model(self, host: HostId) -> TimeModel | None:
         """How long the host's launches take; while it has made too few, that of its pool. None: nobody has."""
         shape = self._shapes.get(self._pools.get(host, ""))
-        recent = self._recent(host)
-        if shape is None or recent.launches < MIN_LAUNCHES:
+        if shape is None or host not in self._unlike:
             return shape
-        expected_s = shape.seconds(recent.rows, recent.experts) + shape.launch_s * (recent.launches - 1)
-        factor = recent.busy_s / expected_s if expected_s > 0 else 1.0
+        factor = self._factor(host)
         return TimeModel(shape.launch_s * factor, shape.row_s * factor, shape.expert_s * factor)
+
+    def _factor(self, host: HostId) -> float:
+        """How many times as long as its pool's model says the host takes; 1 while it has made too few launches."""
+        shape, recent = self._shapes.get(self._pools[host]), self._recent(host)
+        if shape is None or recent.launches < MIN_LAUNCHES:
+            return 1.0
+        expected_s = shape.seconds(recent.rows, recent.experts) + shape.launch_s * (recent.launches - 1)
+        return recent.busy_s / expected_s
+
+    def _judge(self, host: HostId) -> None:
+        """Hosts of a pool are alike until one clearly is not: a placement that follows noise is never at rest."""
+        within = ALIKE_AGAIN if host in self._unlike else ALIKE
+        if 1 / within < self._factor(host) < within:
+            self._unlike.discard(host)
+        else:
+            self._unlike.add(host)
 
     def rate(self, host: HostId) -> float:
         """Rows per second in the mean launch of all hosts, so that rates compare. 1.0 while nothing is measured.
 
         A host of which nothing is known is taken for the median of the others.
         """
-        mean = total(self._recent(known) for known in self._pools)
+        mean = total(self._totals.values())
         if not mean.launches or not mean.rows:
             return 1.0
-        models = {known: self.time_model(known) for known in self._pools}
         rows, experts = mean.rows / mean.launches, mean.experts / mean.launches
-        rates = {
-            known: rows / seconds
-            for known, model in models.items()
-            if model and (seconds := model.seconds(rows, experts))
-        }
-        if host in rates:
-            return rates[host]
-        return float(np.median(list(rates.values()))) if rates else 1.0
+        models = [self.time_model(host)]
+        if models == [None]:
+            models = [self.time_model(known) for known in self._pools]
+        rates = [rows / model.seconds(rows, experts) for model in models if model is not None]
+        return float(np.median(rates)) if rates else 1.0
 
 
 def total(sums: Iterable[LaunchSums]) -> LaunchSums:

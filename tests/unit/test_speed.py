@@ -76,10 +76,25 @@ def test_alike_hosts_with_unlike_work_are_equally_fast() -> None:
 
 def test_a_slower_host_of_a_pool_is_seen_by_its_factor() -> None:
     meter = SpeedMeter()
-    for host, factor in ((A, 1.0), (B, 3.0)):
-        meter.observe(host, "pool", 0, LaunchSums())
-        meter.observe(host, "pool", 1, launched(MIXED, TRUE, factor))
+    for at_s in (0, 1, 2):
+        for host, factor in ((A, 1.0), (B, 3.0)):
+            meter.observe(host, "pool", at_s, launched(MIXED * at_s, TRUE, factor))
     assert meter.rate(A) / meter.rate(B) == pytest.approx(3.0)
+
+
+def test_hosts_of_a_pool_that_differ_a_little_are_taken_to_be_alike() -> None:
+    """Until one differs much, and then until it is nearly like the others again."""
+    meter = SpeedMeter(window_s=1)
+    busy, ratios = {A: LaunchSums(), B: LaunchSums(), C: LaunchSums()}, []
+    for at_s, factor in enumerate([1.0, 1.2, 1.2, 1.7, 1.7, 1.3, 1.3, 1.05, 1.05], start=1):
+        for host in busy:
+            sums = launched(MIXED, TRUE, factor if host == C else 1.0)
+            busy[host] = LaunchSums(*map(sum, zip(busy[host], sums, strict=True)))
+            meter.observe(host, "pool", at_s, busy[host])
+        ratios.append(meter.rate(A) / meter.rate(C))
+    assert ratios[:3] == [1.0] * 3
+    assert all(ratio > 1.15 for ratio in ratios[4:7])
+    assert ratios[-1] == 1.0
 
 
 def test_pools_have_models_of_their_own() -> None:

@@ -46,7 +46,7 @@ def plan(
     before = _kept(current or {}, loads, fleet)
     draft = Draft(fleet, loads, options.min_replicas, [[list(hosts) for hosts in layout] for layout in before])
     shed(draft)
-    _lay_out_new(draft)
+    _lay_out_new(draft, options)
     complete(draft)
     spread_out(draft)
     _settle(draft, options)
@@ -74,7 +74,7 @@ def _kept(current: Replicas, loads: Loads, fleet: Fleet) -> list[Layout]:
     return layers
 
 
-def _lay_out_new(draft: Draft) -> None:
+def _lay_out_new(draft: Draft, options: PlanOptions) -> None:
     """Lay out the layers of which nobody holds anything: each in its part of every host's free slots."""
     new = [number for number, layout in enumerate(draft.layers) if layout and not any(layout)]
     if not new:
@@ -90,7 +90,7 @@ def _lay_out_new(draft: Draft) -> None:
         # Up to here, hosts may fill the part of their slots that the layers so far want of all: rounded up, so that
         # it always suffices.
         quota = [-(-n * so_far // wanted[-1]) - (n - left) for n, left in zip(free, draft.free, strict=True)]
-        draft.replace(number, lay_out(fleet, draft.loads[number], of, quota, draft.min_replicas, draft.layers[number]))
+        draft.replace(number, lay_out(fleet, draft.loads[number], of, quota, draft.layers[number], options))
 
 
 def _settle(draft: Draft, options: PlanOptions) -> None:
@@ -120,7 +120,7 @@ def _result(draft: Draft, before: list[Layout], inventory: Sequence[HostSupply])
             if len(hosts) == 1:
                 replicas[expert], split[expert] = only[hosts[0]]
             else:
-                replicas[expert] = tuple([ids[host] for host in hosts])
+                replicas[expert] = tuple(sorted([ids[host] for host in hosts]))
                 split[expert] = {ids[host]: share for host, share in times.shares(index, hosts).items()}
     speed = sum(fleet.rate)
     reasons = changes(draft, before)

@@ -20,7 +20,7 @@ Domains = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """Hosts are numbered in ascending order of their ids, so that the inventory's order does not matter."""
+    """Hosts are numbered by cost, then id: ties go to the cheaper, and the inventory's order does not matter."""
 
     ids: tuple[HostId, ...]
     slots: tuple[int, ...]
@@ -37,8 +37,13 @@ class Fleet:
 
     @property
     def num_working(self) -> int:
-        """Hosts that a plan may use and that do any work."""
-        return sum(n > 0 and rate > 0 for n, rate in zip(self.slots, self.rate, strict=True))
+        """Hosts that a plan may use and that do any work; at least 1, for averages."""
+        return max(1, sum(n > 0 and rate > 0 for n, rate in zip(self.slots, self.rate, strict=True)))
+
+    def ideal(self, loads: Iterable[float]) -> float:
+        """The time that a layer takes if all hosts that may hold something share it by their rates."""
+        speed = sum(rate for n, rate in zip(self.slots, self.rate, strict=True) if n > 0)
+        return sum(loads) / (speed or sum(self.rate))
 
     def spans(self, hosts: Iterable[int]) -> bool:
         """Whether replicas on these hosts survive any one failure as far as this fleet can provide for it."""
@@ -52,7 +57,7 @@ class Fleet:
 def fleet_for(inventory: Sequence[HostSupply], num_experts: int, options: PlanOptions) -> Fleet:
     """Number the hosts and settle what may be used. Raises ConfigError when the pools are too small, or senseless."""
     _check(inventory, options)
-    hosts = sorted(inventory, key=lambda supply: supply.host)
+    hosts = sorted(inventory, key=lambda supply: (supply.cost, supply.host))
     replicas = options.min_replicas
     slots = [supply.slots for supply in hosts]
     _check_room(slots, num_experts, replicas)

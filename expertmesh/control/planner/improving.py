@@ -27,7 +27,7 @@ def improve(draft: Draft, layer: int, options: PlanOptions) -> bool:
     Each change makes the layer faster, so repeating this ends.
     """
     loads, layout = draft.loads[layer], draft.layers[layer]
-    ideal = sum(loads) / sum(draft.fleet.rate)
+    ideal = draft.fleet.ideal(loads)
     now = draft.times(layer).slowest()
     if now <= ideal * (1 + options.min_gain):
         return False
@@ -41,7 +41,7 @@ def improve(draft: Draft, layer: int, options: PlanOptions) -> bool:
     stepped = relieve(draft, layer, goal=ideal * (1 + options.min_gain / 2))
     best, most = stepped, gain(stepped)
     if most < 1 - ideal * (1 + options.min_gain) / now:
-        anew = _anew(draft, layer)
+        anew = _anew(draft, layer, options)
         if anew is not None and (of_anew := gain(anew)) > most:
             best, most = anew, of_anew
     if most < max(options.min_gain, _LEAST_GAIN):
@@ -50,7 +50,7 @@ def improve(draft: Draft, layer: int, options: PlanOptions) -> bool:
     return True
 
 
-def _anew(draft: Draft, layer: int) -> Layout | None:
+def _anew(draft: Draft, layer: int, options: PlanOptions) -> Layout | None:
     """The layer laid out anew, in its own slots and the free ones; None if not all that must be fits that way."""
     loads, layout, fleet = draft.loads[layer], draft.layers[layer], draft.fleet
     own = [0] * len(fleet.ids)
@@ -60,7 +60,7 @@ def _anew(draft: Draft, layer: int) -> Layout | None:
     spare = sum(own) + sum(draft.free) // len(draft.layers) - draft.min_replicas * len(loads)
     quota = [held + free for held, free in zip(own, draft.free, strict=True)]
     counts = deserved([loads], fleet.num_working, draft.min_replicas, spare)[0]
-    anew = lay_out(fleet, loads, counts, quota, draft.min_replicas, layout)
+    anew = lay_out(fleet, loads, counts, quota, layout, options)
     if all(len(hosts) >= draft.min_replicas and fleet.spans(hosts) for hosts in anew):
         return anew
     return None

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from expertmesh.control.planner.draft import LayerTimes
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from expertmesh.control.planner.draft import Layout
     from expertmesh.control.planner.fleet import Fleet
+    from expertmesh.control.planner.values import PlanOptions
 
 _HEAVY = 0.25
 """Part of an average host's work from which an expert counts as heavy."""
@@ -34,9 +38,9 @@ def lay_out(
     loads: Sequence[float],
     counts: Sequence[int],
     quota: Sequence[int],
-    min_replicas: int,
-    current: Sequence[Sequence[int]],
-) -> list[list[int]]:
+    current: Layout,
+    options: PlanOptions,
+) -> Layout:
     """The hosts of every expert of one layer: `counts[e]` of them, or fewer where `quota`, slots per host, runs out.
 
     Among hosts that keep the layer in time, those that hold the expert in `current` are preferred.
@@ -45,22 +49,37 @@ def lay_out(
     load = [max(floor, x) for x in loads]
     # A host without rate is left to those who complete the layout: it is never a good choice.
     room = [n if rate > 0 else 0 for n, rate in zip(quota, fleet.rate, strict=True)]
-    in_time = sum(load) / sum(fleet.rate)
-    average_work = sum(load) / len(room)
+    in_time = fleet.ideal(load)
     share = [x / n for x, n in zip(load, counts, strict=True)]
-    order = sorted(range(len(load)), key=lambda e: (-share[e], e))
-    heavy = [e for e in order if counts[e] > min_replicas or share[e] > _HEAVY * average_work]
+    least_heavy = _HEAVY * sum(load) / fleet.num_working
+    heavy = [e for e, n in enumerate(counts) if n > options.min_replicas or share[e] > least_heavy]
+    light = sorted(set(range(len(load))).difference(heavy), key=lambda e: (-share[e], e))
 
-    hosts: list[list[int]] = [[] for _ in load]
+    hosts: Layout = [[] for _ in load]
     linked = _Linked(fleet, room, in_time)
+    for e in sorted(heavy, key=lambda e: (-share[e], e)):
+        hosts[e] = sorted(linked.place(share[e], counts[e], options.min_replicas, current[e]))
+
+    def fill(work: list[float], in_time: float) -> Layout:
+        filling = _Filling(fleet, linked.room.tolist(), work, in_time)
+        filled = list(hosts)
+        for e in light:
+            filled[e] = sorted(filling.place(share[e], counts[e], current[e]))
+        return filled
+
+    plain = fill(linked.work.tolist(), in_time)
+    if len(set(fleet.cost)) == 1:
+        return plain
+    # Rows of replicated experts can make way for cold experts on cheap hosts. Whether they can enough, the exact times
+    # tell.
+    work = [0.0] * len(room)
     for e in heavy:
-        hosts[e] = linked.place(share[e], counts[e], min_replicas, current[e])
-    filling = _Filling(fleet, linked.room.tolist(), linked.work.tolist(), in_time)
-    light = set(range(len(load))).difference(heavy)
-    for e in order:
-        if e in light:
-            hosts[e] = filling.place(share[e], counts[e], current[e])
-    return [sorted(of) for of in hosts]
+        if len(hosts[e]) == 1:
+            work[hosts[e][0]] += share[e]
+    slowest = max((x / rate for x, rate in zip(work, fleet.rate, strict=True) if rate), default=0.0)
+    frugal = fill(work, max(in_time, slowest))
+    limit = max(LayerTimes(fleet, loads, plain).settle(), fleet.ideal(loads) * (1 + options.min_gain))
+    return frugal if LayerTimes(fleet, loads, frugal).settle() <= limit else plain
 
 
 class _Linked:

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 def changes(draft: Draft, before: list[Layout]) -> tuple[Change, ...]:
     """One for each replica that is there now and was not, or the reverse."""
+    ids = draft.fleet.ids
     found: list[Change] = []
     for layer, (old, new) in enumerate(zip(before, draft.layers, strict=True)):
         if not any(old):
             why = f"first placement of layer {layer}{_time(draft, layer, old)}"
             found += [
-                Change(expert=ExpertId(layer, index), host=draft.fleet.ids[host], what="add", why=why)
+                Change(expert=ExpertId(layer, index), host=host, what="add", why=why)
                 for index, hosts in enumerate(new)
-                for host in hosts
+                for host in sorted([ids[host] for host in hosts])
             ]
         elif old != new:
             found += _of_layer(draft, layer, old, new)
@@ -30,7 +31,7 @@ def changes(draft: Draft, before: list[Layout]) -> tuple[Change, ...]:
 
 def _time(draft: Draft, layer: int, old: Layout) -> str:
     """What the layer's slowest host takes now, and what it would have taken."""
-    ideal = sum(draft.loads[layer]) / sum(draft.fleet.rate)
+    ideal = draft.fleet.ideal(draft.loads[layer])
     if not ideal:
         return ""
     now = f"{draft.times(layer).slowest() / ideal:.2f} times the ideal"
@@ -54,7 +55,7 @@ def _of_layer(draft: Draft, layer: int, old: Layout, new: Layout) -> Iterator[Ch
             why = f"{carries}, moves from {' and '.join(ids[host] for host in was if host not in now)}{time}"
         else:
             why = f"{carries}, from {len(was)} to {len(now)} replicas{time}"
-        for host in sorted({*was} ^ {*now}):
+        for host in sorted({*was} ^ {*now}, key=ids.__getitem__):
             yield Change(
                 expert=ExpertId(layer, index), host=ids[host], what="retire" if host in was else "add", why=why
             )
