@@ -46,6 +46,8 @@ class PoolSection(Section):
     """Never more hosts than this; by default `hosts`."""
     target: float = Field(default=0.7, gt=0, le=1)
     """The share of their time that hosts should be busy: above it for long, a host is added; well below, one goes."""
+    cost: float = Field(default=0, ge=0)
+    """Price of keeping a replica here, in any unit: cold experts go to the cheapest pool that is fast enough."""
     cpus: float = Field(default=0.5, gt=0)
     """Ray CPUs per host; it computes with this many threads, at least one."""
     gpus: float = Field(default=0, ge=0)

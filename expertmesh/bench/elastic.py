@@ -27,6 +27,8 @@ TOKENS = 48
 PROMPT_CHARACTERS = 100
 BALANCED = 1.15
 """The slowest host's time over the mean that counts as balanced."""
+WINDOW = 6
+"""Samples, of half a second, over which rows are counted: a batch of few tokens is level only on average."""
 
 
 def run(*, port: int, report: Callable[[Progress], None]) -> dict[str, Any]:
@@ -70,12 +72,12 @@ def shift(
             report(Progress(phase=f"the topic shifts; {after_s:g} s more"))
             crowd.prompts = second
             began_s = time.perf_counter()
-            timeline, last = [], _Rows(url)
+            timeline, samples = [], [_Rows(url)]
             while (at_s := time.perf_counter() - began_s) < after_s:
                 pause.wait(0.5)
-                now = _Rows(url)
-                timeline.append({"at_s": round(at_s, 2), "imbalance": now.imbalance_since(last)})
-                last = now
+                samples.append(_Rows(url))
+                imbalance = samples[-1].imbalance_since(samples[max(0, len(samples) - 1 - WINDOW)])
+                timeline.append({"at_s": round(at_s, 2), "imbalance": imbalance})
             after, loads_after = _replicas(url), fetch(url, "/mesh/load")["per_second"]
             decisions = [entry["why"] for entry in fetch(url, "/mesh/decisions") if entry["what"] == "plan"]
     moved = _follow(before, after, loads_before, loads_after)
@@ -145,12 +147,10 @@ def _follow(
 
 
 def _settled(timeline: list[dict[str, Any]]) -> float | None:
-    """From when on the median imbalance of three samples in a row stays below `BALANCED`; None: it does not."""
-    values = [entry["imbalance"] or 1.0 for entry in timeline]
-    medians = [statistics.median(values[i : i + 3]) for i in range(len(values) - 2)]
-    late = [i for i, median in enumerate(medians) if median >= BALANCED]
+    """From when on the imbalance stays below `BALANCED`; None: it does not."""
+    late = [i for i, entry in enumerate(timeline) if (entry["imbalance"] or 1.0) >= BALANCED]
     first = late[-1] + 1 if late else 0
-    return timeline[first]["at_s"] if first < len(medians) else None
+    return timeline[first]["at_s"] if first < len(timeline) else None
 
 
 # --- the pool grows and shrinks --------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from expertmesh.control.actions import Action
     from expertmesh.control.cluster import Cluster, HostControl, RunningHost
     from expertmesh.control.reconciler import Steps
-    from expertmesh.control.state import Observed
+    from expertmesh.control.state import HostState, Observed
+    from expertmesh.control.wanted import Supply
     from expertmesh.placement import HostInfo, Placement
 
 logger = logging.getLogger(__name__)
@@ -247,11 +248,7 @@ class Keeper:
     def _plan(self, occasion: str) -> None:
         """Ask the planner what is wanted, from what is measured."""
         observed = self._ledger.observed(self._now)
-        supplies = [
-            views.supply(state, self._members[host].running, self._speeds.rate(host))
-            for host, state in observed.hosts.items()
-            if state.status is HostStatus.READY and host in self._members
-        ]
+        supplies = [self._supply(state) for state in observed.hosts.values() if state.status is HostStatus.READY]
         wanted = plan_experts(self._configuration, supplies, self._meter.loads(), self._desired, self._options)
         if wanted.replicas != self._desired:
             self._desired = wanted.replicas
@@ -260,6 +257,11 @@ class Keeper:
                 f"is {wanted.imbalance:.2f} of the ideal; survives the loss of any one {wanted.survives}"
             )
             self._journal.add("plan", summary, changes=[views.change(change) for change in wanted.changes])
+
+    def _supply(self, state: HostState) -> Supply:
+        running = self._members[state.id].running
+        cost = self._pools[running.pool].cost if running.pool in self._pools else 0.0
+        return views.supply(state, running, self._speeds.rate(state.id), cost)
 
     def _plan_soon(self) -> None:
         self._plan_at = 0.0

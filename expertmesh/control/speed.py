@@ -1,8 +1,8 @@
 """How fast hosts are, from what their launches took. Pure.
 
 Hosts of a pool are alike, so one linear model is fitted to all their launches: what a launch costs, each distinct
-expert in it, each row. A host may still be slower than its fellows, hotter or shared with others, and then gets a factor.
-So a host is judged by its device and not by what the gate happened to send it.
+expert in it, each row. So a host is judged by its device and not by what the gate happened to send it. One may still
+be slower than its fellows, hotter or shared with others; then it gets a factor.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from expertmesh.placement import Placement
 
 
-def supply(state: HostState, running: RunningHost, rate: float) -> Supply:
+def supply(state: HostState, running: RunningHost, rate: float, cost: float) -> Supply:
     """A host as the planner sees it."""
-    host = HostSupply(host=state.id, slots=0, rate=rate, node=running.node, rack=running.rack)
+    host = HostSupply(host=state.id, slots=0, rate=rate, node=running.node, rack=running.rack, cost=cost)
     return Supply(slots=state.slots, host=host)
 
 

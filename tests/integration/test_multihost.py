@@ -7,7 +7,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +85,21 @@ class Cluster:
         command = f"RAY_AUTH_MODE=token python - {self.head.address}:6379 {addresses}"
         self.laptop.run(command, given=WAIT_ALIVE, timeout_s=90)
 
-    def wait_healthy(self, timeout_s: float = 90) -> None:
-        """Until the mesh answers; what Serve says if it never does."""
+    def wait_healthy(self) -> None:
+        """Until the mesh answers."""
+        self.wait(lambda: _answers(f"{self.url}/health"), "an answer")
+
+    def wait(self, until: Callable[[], bool], what: str, timeout_s: float = 90) -> None:
+        """Until something holds; what Serve says if it never does."""
         deadline = time.monotonic() + timeout_s
-        while not _answers(f"{self.url}/health"):
-            assert time.monotonic() < deadline, self.on_head("serve status")
+        while not until():
+            assert time.monotonic() < deadline, f"{what} never came: {self.on_head('serve status')}"
             threading.Event().wait(0.5)
+
+    def order(self, what: str, **values: object) -> None:
+        """Ask the mesh for a change, as an operator."""
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        httpx.post(f"{self.url}/mesh/{what}", json=values, headers=headers, timeout=30).raise_for_status()
 
 
 def _answers(url: str) -> bool:
@@ -160,7 +169,7 @@ def test_a_mesh_across_machines_answers_as_one_process_does(cluster: Cluster, ex
     (application,) = config["applications"]
     application["runtime_env"] = {"env_vars": {"EXPERTMESH_TOKEN": TOKEN}}
     application["args"]["network"] = {"listen": "node"}
-    application["args"]["pools"][0]["labels"] = {"role": "worker"}
+    application["args"]["pools"][0] |= {"labels": {"role": "worker"}, "hosts": 2, "max": 3}
     cluster.laptop.run("cat > ~/mesh.yaml", given=yaml.safe_dump(config))
     cluster.laptop.run("ray rsync-up ~/onprem.yaml ~/mesh.yaml '~/mesh.yaml'")
     cluster.on_head("serve deploy mesh.yaml")
@@ -180,11 +189,16 @@ def test_a_script_outside_computes_on_the_hosts(cluster: Cluster) -> None:
 def test_a_machine_that_is_listed_later_joins(cluster: Cluster, expected: dict[str, str]) -> None:
     cluster.up([cluster.one, cluster.two, cluster.three], "--no-restart")
     cluster.wait_alive(cluster.head, cluster.one, cluster.two, cluster.three)
+    cluster.order("scale", pool="cpu", hosts=3)
+    machines = {cluster.one.address, cluster.two.address, cluster.three.address}
+    cluster.wait(lambda: host_machines(cluster) == machines, "a host on the new machine")
     assert answers(cluster) == expected
 
 
 def test_a_machine_that_is_unlisted_leaves(cluster: Cluster, expected: dict[str, str]) -> None:
     cluster.up([cluster.one, cluster.two], "--no-restart")
     cluster.laptop.run(f"ssh -o StrictHostKeyChecking=no {cluster.three.address} 'source ~/.bashrc; ray stop'")
+    assert answers(cluster) == expected
     cluster.wait_alive(cluster.head, cluster.one, cluster.two)
+    cluster.wait(lambda: cluster.three.address not in host_machines(cluster), "the end of its host")
     assert answers(cluster) == expected

@@ -34,7 +34,7 @@ def test_the_models_that_people_ask_for_have_configs() -> None:
         ({"modle": "tiny"}, "config: unknown key 'modle'; did you mean 'model'?"),
         ({"pools": [{"memroy": "1GiB"}]}, "config: pools.0: unknown key 'memroy'; did you mean 'memory'?"),
         ({"router": {"zzz": 1}}, "config: router: unknown key 'zzz'; known keys: replicas, device"),
-        ({"pools": [{"hosts": 0}]}, "config: pools.0.hosts: Input should be greater than or equal to 1"),
+        ({"pools": [{"hosts": 0}]}, "config: pools.0: hosts: 0 must lie between min, 0, and max, 0, above 0"),
         ({"pools": [{"memory": "lots"}]}, "config: pools.0.memory: could not parse value and unit from byte string"),
         ({"pools": []}, "config: pools: at least one is needed"),
         ({"pools": [{"name": "a"}, {"name": "a"}]}, "config: pools: at least one is needed, each with another name"),
