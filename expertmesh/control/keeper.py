@@ -27,6 +27,7 @@ from expertmesh.control.reconciler import reconcile
 from expertmesh.control.scaling import PoolPolicy, Scaler, StartHost
 from expertmesh.control.speed import SpeedMeter
 from expertmesh.control.state import HostStatus
+from expertmesh.control.tasks import Tasks
 from expertmesh.control.wanted import plan_experts
 from expertmesh.errors import (
     CheckpointError,
@@ -39,7 +40,7 @@ from expertmesh.hosts.configuration import configuration_for
 from expertmesh.ids import ExpertId, HostId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
 
     from expertmesh.checkpoint.recipe import CheckpointIndex
     from expertmesh.clock import Clock
@@ -94,14 +95,13 @@ class Keeper:
             config.experts.min_replicas,
         )
         self._watchdog = Watchdog(self._now)
-        self._named = dict.fromkeys(self._pools, 0)
         self._desired: Mapping[ExpertId, tuple[HostId, ...]] = {}
         self._plan_at = 0.0
         self._broken: CheckpointError | None = None
         """What the checkpoint lacks, found before the mesh was up."""
         self._changed = asyncio.Event()
         self._starts: dict[HostId, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(self._changed.set)
 
     def _join(self) -> None:
         """Connect the parts that share the ledger."""
@@ -147,7 +147,7 @@ class Keeper:
             show("starting hosts", done, len(wanted))
 
         show("starting hosts", 0, len(wanted))
-        await asyncio.gather(*(start(pool, self._new_name(pool.name)) for pool in wanted))
+        await asyncio.gather(*(start(pool, self._members.new_name(pool.name)) for pool in wanted))
         if self.placement is None:
             self._plan("the first placement")
         total = sum(map(len, self._desired.values()))
@@ -156,7 +156,7 @@ class Keeper:
             if self._broken is not None:
                 raise self._broken
             show("loading experts", max(0, total - steps.remaining), total)
-        self._spawn(self._keep())
+        self._tasks.start(self._keep())
 
     async def _take_over(self, found: list[RunningHost]) -> None:
         """Go on where the controller before this one stopped."""
@@ -164,14 +164,12 @@ class Keeper:
         self._join()
         note = Note.from_bytes(await self._cluster.saved())
         if note is not None:
-            self._named |= note.named
+            self._members.named.update(note.named)
             self._ledger.adopt(note.epoch, note.replicas, self._now)
             self._desired = note.replicas
-        for host in found:
-            self._named[host.pool] = max(self._named.get(host.pool, 0), _number(host.info.id) + 1)
         await asyncio.gather(*(self._members.take_over(host) for host in found))
         for host in found:
-            self._spawn(self._members.mourn(host.info.id))
+            self._tasks.start(self._members.mourn(host.info.id))
         if note is not None:
             self._publisher.adopt(note)
         self._journal.add("take over", f"a controller was here before: {len(found)} hosts run")
@@ -192,7 +190,7 @@ class Keeper:
         self._changed.clear()
         now = self._now
         for host in self._members.due():
-            self._spawn(self._members.ask(host))
+            self._tasks.start(self._members.ask(host))
         self._meter.tick(now)
         observed = self._ledger.observed(now)
         self._scale(observed, now)
@@ -220,9 +218,9 @@ class Keeper:
             return
         for step in self._scaler.decide(self._members.pools(observed.hosts), now):
             if isinstance(step, StartHost):
-                host = self._new_name(step.pool)
+                host = self._members.new_name(step.pool)
                 self._journal.add("start host", f"{host}: {step.why}", host=host)
-                self._starts[host] = self._spawn(self._start_another(host, self._pools[step.pool]))
+                self._starts[host] = self._tasks.start(self._start_another(host, self._pools[step.pool]))
             else:
                 self._journal.add("drain host", f"{step.host}: {step.why}", host=step.host)
                 self._drain(step.host, now)
@@ -277,9 +275,9 @@ class Keeper:
         self._ledger.begun(action, now)
         if isinstance(action, Publish):
             self._journal.add("publish", action.why, epoch=action.epoch)
-            self._spawn(self._publisher.publish(action, self._named))
+            self._tasks.start(self._publisher.publish(action, self._members.named))
         else:
-            self._spawn(self._carry_out(action))
+            self._tasks.start(self._carry_out(action))
 
     async def _carry_out(self, action: Load | Drop | StopHost) -> None:
         """Do it, and tell the ledger how it went."""
@@ -309,14 +307,9 @@ class Keeper:
 
     # --- hosts -------------------------------------------------------------------------------------------------------
 
-    def _new_name(self, pool: str) -> HostId:
-        number = self._named[pool]
-        self._named[pool] += 1
-        return HostId(f"{pool}-{number}")
-
     async def _start_host(self, host: HostId, pool: PoolSection) -> None:
         await self._members.start(host, pool)
-        self._spawn(self._members.mourn(host))
+        self._tasks.start(self._members.mourn(host))
 
     async def _start_another(self, host: HostId, pool: PoolSection) -> None:
         """Start a host while the mesh runs. Should it fail, the scaler asks for another in a while."""
@@ -391,9 +384,7 @@ class Keeper:
 
     async def leave(self) -> None:
         """End whatever is under way, and leave the hosts to the controller that follows."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         await self._members.leave()
 
     async def stop(self) -> None:
@@ -407,21 +398,3 @@ class Keeper:
     @property
     def _now(self) -> float:
         return self._clock.monotonic()
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a task of the controller failed", exc_info=error)
-        self._changed.set()
-
-
-def _number(host: HostId) -> int:
-    """The number at the end of a host's name."""
-    tail = host.rpartition("-")[2]
-    return int(tail) if tail.isdecimal() else 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from expertmesh.control.scaling import PoolHost
 from expertmesh.control.state import HostStatus, ReplicaStatus
 from expertmesh.errors import ExpertMeshError, ReplicaUnavailableError
+from expertmesh.ids import HostId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from expertmesh.control.state import HostState
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.hosts.statistics import HostStatistics
-    from expertmesh.ids import HostId
     from expertmesh.placement import HostInfo
 
 ASK_EVERY_S = 0.5
@@ -82,6 +82,8 @@ class Members:
         self._changed = changed
         self._members: dict[HostId, Member] = {}
         self._starting: dict[HostId, str] = {}
+        self.named: dict[str, int] = {}
+        """Per pool, how many hosts were ever named: a name is not used twice."""
 
     def __getitem__(self, host: HostId) -> Member:
         return self._members[host]
@@ -91,6 +93,12 @@ class Members:
 
     def __iter__(self) -> Iterator[HostId]:
         return iter(sorted(self._members))
+
+    def new_name(self, pool: str) -> HostId:
+        """Of a host that is to be started."""
+        number = self.named.get(pool, 0)
+        self.named[pool] = number + 1
+        return HostId(f"{pool}-{number}")
 
     async def start(self, host: HostId, pool: PoolSection) -> None:
         """Start a host and prepare it for the model. Raises what went wrong."""
@@ -110,6 +118,9 @@ class Members:
 
     async def take_over(self, running: RunningHost) -> None:
         """A host that a controller before this one started."""
+        number = running.info.id.rpartition("-")[2]
+        if number.isdecimal():
+            self.named[running.pool] = max(self.named.get(running.pool, 0), int(number) + 1)
         self._welcome(running, self._connect(running.info))
         await self.ask(running.info.id)
 

@@ -9,6 +9,7 @@ time; it is computed exactly, and a step that does not lower it is not taken.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, product
 from typing import TYPE_CHECKING
 
 from expertmesh.control.planner.copies import earns_another, heat_unit
@@ -92,7 +93,7 @@ class _Trial:
         return sorted(inside, key=lambda e: (-self._loads[e], e))
 
     def _slack(self, host: int) -> float:
-        """Rows that a host outside could take on."""
+        """Rows that a host could take on; negative for one above the goal."""
         return self._goal * self._fleet.rate[host] - self._times.work[host]
 
     def _outside(self) -> list[int]:
@@ -117,39 +118,38 @@ class _Trial:
 
     def _replacements(self) -> Iterator[Step]:
         """In the place of replicas that others of the same expert can make up for, coldest first."""
-        found = 0
-        for host in self._outside():
-            spare = [e for e, hosts in enumerate(self.layout) if host in hosts and self._draft.can_lose(hosts, host)]
-            if not spare:
-                continue
-            given_up = min(spare, key=lambda e: (self._loads[e] / (len(self.layout[e]) - 1), e))
-            rest = [other for other in self.layout[given_up] if other != host]
-            for expert in self._confined()[:_TRIED]:
-                yield (given_up, rest), (expert, (*self.layout[expert], host))
-            found += 1
-            if found == _TRIED:
-                return
+        given_up = ((host, self._coldest_spare(host)) for host in self._outside())
+        confined = self._confined()[:_TRIED]
+        for host, cold in islice(((host, cold) for host, cold in given_up if cold is not None), _TRIED):
+            rest = [other for other in self.layout[cold] if other != host]
+            for expert in confined:
+                yield (cold, rest), (expert, (*self.layout[expert], host))
+
+    def _coldest_spare(self, host: int) -> int | None:
+        """Of the experts that can lose their replica on this host, the one whose others would get least to do."""
+        spare = [e for e, hosts in enumerate(self.layout) if host in hosts and self._draft.can_lose(hosts, host)]
+        return min(spare, key=lambda e: (self._loads[e] / (len(self.layout[e]) - 1), e), default=None)
 
     def _exchanges(self) -> Iterator[Step]:
         """An expert of the hosts furthest above the goal for a colder one of a host outside."""
-        over = sorted(self.stuck, key=lambda h: (self._goal * self._fleet.rate[h] - self._times.work[h], h))
-        for busy in over[:_TRIED]:
-            mine = [e for e, hosts in enumerate(self.layout) if hosts == [busy] or (len(hosts) > 1 and busy in hosts)]
-            for other in self._outside()[:_TRIED]:
-                theirs = [e for e, hosts in enumerate(self.layout) if other in hosts and busy not in hosts]
-                colder = sorted(theirs, key=lambda e: (self._loads[e] / len(self.layout[e]), e))[:1]
-                for cold in colder:
-                    fitting = [
-                        e
-                        for e in mine
-                        if other not in self.layout[e] and 0 < self._part(e) - self._part(cold) <= self._slack(other)
-                    ]
-                    if fitting:
-                        hot = max(fitting, key=lambda e: (self._part(e), -e))
-                        yield (
-                            (hot, [other if h == busy else h for h in self.layout[hot]]),
-                            (cold, [busy if h == other else h for h in self.layout[cold]]),
-                        )
+        furthest = sorted(self.stuck, key=lambda host: (self._slack(host), host))[:_TRIED]
+        for busy, other in product(furthest, self._outside()[:_TRIED]):
+            theirs = [e for e, hosts in enumerate(self.layout) if other in hosts and busy not in hosts]
+            if not theirs:
+                continue
+            cold = min(theirs, key=lambda e: (self._part(e), e))
+            fitting = [
+                e
+                for e, hosts in enumerate(self.layout)
+                if busy in hosts and other not in hosts and 0 < self._part(e) - self._part(cold) <= self._slack(other)
+            ]
+            if fitting:
+                hot = max(fitting, key=lambda e: (self._part(e), -e))
+                yield (
+                    (hot, [other if host == busy else host for host in self.layout[hot]]),
+                    (cold, [busy if host == other else host for host in self.layout[cold]]),
+                )
 
     def _part(self, expert: int) -> float:
+        """Of an expert's load, an even part for each replica: a cheap guide."""
         return self._loads[expert] / len(self.layout[expert])
