@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --progress-bar off --quiet --constraint constraints.txt --editable . --group dev
 	@touch $@
 
-demo: $(INSTALLED)  ## serve the tiny model, stream text in each domain, draw which experts fired
+demo: $(INSTALLED)  ## serve the tiny model, change the topic, add a host, kill one: no answer changes
 	$(BIN)/expertmesh demo
 
 test: check $(INSTALLED)  ## everything that CI runs

@@ -14,7 +14,7 @@ To read how experts come to be where they are, follow the control plane:
 
     app.py                a config becomes a Ray Serve application
     control/controller.py starts hosts, loads experts, publishes placements
-    control/planner.py    where each expert goes
+    control/planner/      where each expert goes, and how many replicas it has
     checkpoint/           which tensors make an expert, and reading one
 
 The planes meet in `placement.py` (down) and in what hosts report (up). Words are defined in README.md.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from ray.serve.config import DeploymentActorConfig
 
 from expertmesh.config import parse_config
 from expertmesh.control.actor import ControllerActor
-from expertmesh.hosts.process import TOKEN_VARIABLE
+from expertmesh.credentials import shared_token
 from expertmesh.serve.deployments import CONTROLLER, GatewayDeployment, RouterDeployment
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def application(mesh: MeshConfig, name: str) -> serve.Application:
 
     `name` tells this deployment's hosts from all others on the cluster.
     """
-    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
+    token = shared_token(make=True)
     config: dict[str, Any] = mesh.model_dump(mode="json")
     controller = DeploymentActorConfig(
         name=CONTROLLER,
@@ -59,4 +58,4 @@ def application(mesh: MeshConfig, name: str) -> serve.Application:
         max_ongoing_requests=mesh.gateway.max_ongoing_requests,
         graceful_shutdown_timeout_s=30,
     )
-    return gateway.bind(config, router.bind(config, token))
+    return gateway.bind(config, router.bind(config, token), token)

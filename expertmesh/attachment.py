@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from expertmesh.backbone import attach_model
+from expertmesh.credentials import shared_token
 from expertmesh.errors import ConfigError
-from expertmesh.hosts.process import TOKEN_VARIABLE
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.layer import MoeLayer
 from expertmesh.placement import Placement
@@ -27,13 +26,12 @@ def attach(model: Any, address: str, *, token: str | None = None) -> Attachment:
     """Let `model`, a transformers model in memory, compute its experts on the mesh whose gateway is at `address`.
 
     The model's own experts are freed. It must be the mesh's model: same architecture and checkpoint; and the machine
-    must reach the hosts. `token` is the mesh's shared token, by default the environment's EXPERTMESH_TOKEN. Until the
-    returned attachment is closed, the model works as before. Raises ConfigError when it and the mesh do not fit.
+    must reach the hosts. `token` is the mesh's shared token; by default what EXPERTMESH_TOKEN or ~/.expertmesh/token
+    says, which is right where the mesh was started. Until the returned attachment is closed, the model works as before.
+    Raises ConfigError when it and the mesh do not fit.
     """
-    token = token or os.environ.get(TOKEN_VARIABLE)
-    if not token:
-        raise ConfigError(f"token: give the mesh's shared token, or set {TOKEN_VARIABLE} as for `expertmesh serve`")
-    placement = _fetch_placement(address)
+    token = token or shared_token()
+    placement = fetch_placement(address)
     backbone = attach_model(model)
     if backbone.num_experts != placement.num_experts:
         raise ConfigError(
@@ -58,7 +56,7 @@ class Attachment:
     def _follow(self) -> None:
         while not self._closed.wait(REFRESH_S):
             try:
-                self._exchange.update(_fetch_placement(self._address))
+                self._exchange.update(fetch_placement(self._address))
             except ConfigError:
                 continue  # the gateway is away: the last placement stands
 
@@ -77,7 +75,7 @@ class Attachment:
         self.close()
 
 
-def _fetch_placement(address: str) -> Placement:
+def fetch_placement(address: str) -> Placement:
     url = f"{address.rstrip('/')}/mesh/placement"
     try:
         answer = httpx.get(url, timeout=10)

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import threading
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray._private.authentication import authentication_token_setup
+from ray._private.ray_logging import stdout_deduplicator
 from ray.serve.schema import ApplicationStatus
 
 from expertmesh.app import application
@@ -59,6 +61,8 @@ def deployed(file: ServeFile, *, port: int | None = None, report: Callable[[Prog
     Raises ConfigError or CheckpointError, with nothing left running, when it cannot come up.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its progress is reported here
+    # Ray prints it to standard output when a process dies, whatever it was told; the decision log has it.
+    stdout_deduplicator.skip_re = re.compile("")
     # A model that is not all there is better told of before minutes are spent on a cluster.
     stored_tensors(resolve(file.mesh.model))
     options = file.serve.get("http_options") or {}

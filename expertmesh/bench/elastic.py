@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from expertmesh.bench.crowd import Crowd, undisturbed, verdict
 from expertmesh.bench.measure import environment
 from expertmesh.bench.serve import percentiles
-from expertmesh.cli.client import fetch, order
+from expertmesh.client import fetch, order
 from expertmesh.config import parse_config
 from expertmesh.config_file import ServeFile
 from expertmesh.deploy import Progress, deployed

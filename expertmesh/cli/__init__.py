@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from expertmesh.cli import bench, demo, serve, status
+from expertmesh.cli import bench, decisions, demo, placement, plan, scale, serve, status, top, trace
 from expertmesh.cli.console import stderr
 from expertmesh.errors import ExpertMeshError
 
@@ -23,8 +23,16 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(status.status)
+app.command()(top.top)
+app.command()(placement.placement)
+app.command()(decisions.decisions)
+app.command()(scale.scale)
+app.command()(scale.drain)
+app.command()(scale.rebalance)
+app.command()(plan.plan)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
+app.add_typer(trace.app, name="trace")
 
 
 def main() -> None:

@@ -80,5 +80,61 @@ def serve_bench(
     stdout.print(f"left behind after shutdown: {report['left_behind']}")
 
 
+@app.command()
+def balance(
+    as_json: AsJson = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Loads to plan for, of each shape.")] = 20,
+    plans: Annotated[int, typer.Option(min=1, help="Plans in a row while the load wanders.")] = 20,
+) -> None:
+    """What the slowest host takes when the load has drifted from the plan, beside EPLB and lower bounds. Needs no mesh.
+
+    Example:
+
+        expertmesh bench balance --json
+    """
+    from expertmesh.bench.balance import run
+
+    with stderr.status("planning and splitting"):
+        report = run(seeds=seeds, plans=plans)
+    if as_json:
+        _print_json(report)
+        return
+    table = Table(title=f"{report['unit']}; mean of {seeds} seeds", title_style="", box=None, header_style="dim")
+    table.add_column()
+    for name in report["cases"][0]["mean"]:
+        table.add_column(name, justify="right")
+    for case in report["cases"]:
+        table.add_row(case["case"], *(f"{value:.3f}" for value in case["mean"].values()))
+    stdout.print(table)
+    stdout.print(f"\nThe load wanders, {plans} plans in a row:")
+    for case in report["wandering"]:
+        sides = (f"{name} {case['time'][name]:.3f}, {case['bytes_moved'][name] / 1e9:,.1f} GB" for name in case["time"])
+        stdout.print(f"{case['case']}: {'; '.join(sides)}", highlight=False)
+
+
+@app.command("planner")
+def planner_bench(as_json: AsJson = False) -> None:
+    """How long a plan takes, from a small mesh to a thousand hosts.
+
+    Example:
+
+        expertmesh bench planner --json
+    """
+    from expertmesh.bench.planner import run
+
+    with stderr.status("planning"):
+        report = run()
+    if as_json:
+        _print_json(report)
+        return
+    table = Table(title="milliseconds, the least of several", title_style="", box=None, header_style="dim")
+    for column in ("layers", "experts", "hosts", "first plan", "load drifted", "nothing changed"):
+        table.add_column(column, justify="right")
+    for row in report["sizes"]:
+        sizes = (f"{row[name]:,}" for name in ("layers", "experts", "hosts"))
+        table.add_row(*sizes, *(f"{row['milliseconds'][name]:.1f}" for name in ("first", "drifted", "unchanged")))
+    stdout.print(table)
+
+
 def _print_json(report: dict[str, Any]) -> None:
     stdout.print_json(json.dumps(report))

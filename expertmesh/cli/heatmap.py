@@ -1,4 +1,4 @@
-"""Which experts fired, drawn in a terminal: one row per MoE layer, one cell per expert."""
+"""Which experts are busy, drawn in a terminal: one row per MoE layer, one cell per expert."""
 
 from __future__ import annotations
 
@@ -13,21 +13,40 @@ _COLD, _WARM, _HOT = (28, 32, 58), (190, 60, 90), (255, 220, 120)
 _SHADES = " ·░▒▓█"
 
 
-def draw(layers: Sequence[Sequence[float]], *, title: str) -> Text:
+def draw(
+    layers: Sequence[Sequence[float]],
+    *,
+    title: str,
+    replicas: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[int] | None = None,
+    width: int | None = None,
+) -> Text:
     """The heat map of `layers[layer][expert]` loads: color for the eye, shade where there is no color.
 
-    Each cell is the expert's load over the layer's even share; 3 times that, and more, is the hottest shade.
+    Each cell is the expert's load over the layer's even share; 3 times that, and more, is the hottest shade. With
+    `replicas`, a cell shows how many there are if it is not one. `numbers` are the layers' own, if not from 0. Where
+    the experts of a layer need more than `width` columns, a cell stands for several: the busiest of them.
     """
-    picture = Text(f"{title}\n", no_wrap=True)
-    for number, loads in enumerate(layers):
+    most = max((len(loads) for loads in layers), default=0)
+    columns = max(1, (width - len("layer 00 ")) // 2) if width else most
+    group = -(-most // columns) if most else 1
+    picture = Text(title + (f" (a cell: the busiest of {group})" if group > 1 else "") + "\n", no_wrap=True)
+    for row, loads in enumerate(layers):
         even = sum(loads) / len(loads) if loads else 0
-        picture.append(f"layer {number:<2} ", style="dim")
-        for load in loads:
-            heat = min(1.0, load / (3 * even)) if even else 0.0
+        picture.append(f"layer {numbers[row] if numbers else row:<2} ", style="dim")
+        for start in range(0, len(loads), group):
+            expert = max(range(start, min(start + group, len(loads))), key=loads.__getitem__)
+            heat = min(1.0, loads[expert] / (3 * even)) if even else 0.0
             shade = _SHADES[round(heat * (len(_SHADES) - 1))]
-            picture.append(shade * 2, style=f"{_rgb(_blend(heat))} on {_rgb(_COLD)}")
+            mark = shade if replicas is None else _mark(replicas[row][expert], shade)
+            picture.append(shade + mark, style=f"{_rgb(_blend(heat))} on {_rgb(_COLD)}")
         picture.append("\n")
     return picture
+
+
+def _mark(replicas: int, shade: str) -> str:
+    """One character for a number of replicas."""
+    return {0: "!", 1: shade}.get(replicas) or (str(replicas) if replicas < 10 else "+")
 
 
 def _blend(heat: float) -> tuple[int, ...]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from expertmesh.cli.client import DEFAULT_URL, AsJson, fetch
 from expertmesh.cli.console import stderr, stdout
+from expertmesh.cli.options import AsJson
 from expertmesh.cli.trace_report import print_replay, print_simulation
+from expertmesh.client import DEFAULT_URL, fetch
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.credentials import shared_token
 from expertmesh.errors import ConfigError

@@ -57,12 +57,16 @@ class Backend(Protocol):
         """Log-probabilities of a prompt's own tokens."""
         ...
 
+    def trace(self, seconds: float) -> AsyncGenerator[bytes, None]:
+        """Record what the gates of one router choose, for so long: a trace's bytes as they come."""
+        ...
+
     async def mesh(self, what: MeshView) -> Any:
         """The mesh as JSON-able data."""
         ...
 
     async def order(self, what: MeshOrder, values: dict[str, Any]) -> Any:
-        """Ask the controller for a change. Raises ConfigError when it cannot be."""
+        """Ask the controller for a change. Raises ConfigError when it cannot be, BusyError when not just now."""
         ...
 
     async def healthy(self) -> bool:

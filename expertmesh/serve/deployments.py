@@ -12,7 +12,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from expertmesh.config import MeshConfig
-from expertmesh.errors import ConfigError, ExpertMeshError
+from expertmesh.errors import ConfigError, ExpertMeshError, NoControllerError
 from expertmesh.serve.router import Router
 
 if TYPE_CHECKING:
@@ -71,13 +71,19 @@ class RouterDeployment:
     async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
         return await self._router.score(prompt_ids, top_logprobs)
 
+    async def trace(self, seconds: float) -> AsyncIterator[bytes]:
+        async for data in self._router.trace(seconds):
+            yield data
+
     async def mesh(self, what: str) -> Any:
         """What /mesh/WHAT answers: the controller's word."""
-        return await _controller().report.remote(what)
+        with _controller_away():
+            return await _controller().report.remote(what)
 
     async def order(self, what: str, values: dict[str, Any]) -> Any:
         """What POST /mesh/WHAT asks the controller for."""
-        return await _controller().order.remote(what, values)
+        with _controller_away():
+            return await _controller().order.remote(what, values)
 
     async def ready(self) -> bool:
         return self._router.healthy
@@ -101,18 +107,30 @@ def _controller() -> Any:
     return serve.get_deployment_actor(CONTROLLER)
 
 
+@contextlib.contextmanager
+def _controller_away() -> Iterator[None]:
+    """Say it in our words when there is no controller to ask."""
+    try:
+        yield
+    except (RayActorError, ValueError) as error:
+        if isinstance(error, RayTaskError):
+            raise  # it answers, with an error of its own
+        raise NoControllerError("the mesh's controller cannot be reached now; ask again in a moment") from error
+
+
 @serve.ingress()
 class GatewayDeployment:
     """A replica serves HTTP; all it knows of the mesh is the router deployment's handle."""
 
-    def __init__(self, config: dict[str, Any], router: Any) -> None:
+    def __init__(self, config: dict[str, Any], router: Any, token: str) -> None:
         self._config = MeshConfig.model_validate(config)
         self._router = router
+        self._token = token
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from expertmesh.serve.gateway import gateway_app  # imports transformers: only here, in the replica
 
-        return gateway_app(self._config, RouterHandle(self._router))
+        return gateway_app(self._config, RouterHandle(self._router), self._token)
 
 
 class RouterHandle:
@@ -135,12 +153,21 @@ class RouterHandle:
             result: PromptLogprobs = await self._handle.score.remote(prompt_ids, top_logprobs)
             return result
 
+    async def trace(self, seconds: float) -> AsyncGenerator[bytes, None]:
+        answer = self._handle.options(stream=True).trace.remote(seconds)
+        try:
+            with _own_errors():
+                async for data in answer:
+                    yield data
+        finally:
+            answer.cancel()
+
     async def mesh(self, what: str) -> Any:
-        with _own_errors():
+        with _own_errors(), _controller_away():
             return await self._handle.mesh.remote(what)
 
     async def order(self, what: str, values: dict[str, Any]) -> Any:
-        with _own_errors():
+        with _own_errors(), _controller_away():
             return await self._handle.order.remote(what, values)
 
     async def healthy(self) -> bool:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from expertmesh.config import MeshConfig
 
 
-def gateway_app(config: MeshConfig, backend: Backend) -> FastAPI:
-    """The HTTP app of one mesh: the model's card and tokenizer come from the checkpoint, the rest from `backend`."""
+def gateway_app(config: MeshConfig, backend: Backend, token: str) -> FastAPI:
+    """The HTTP app of one mesh: the model's card and tokenizer come from the checkpoint, the rest from `backend`.
+
+    `token` is the mesh's shared token, which operators send.
+    """
     limits = Limits(max_body_bytes=int(config.gateway.max_body))
-    return create_app(backend, model_card(config), load_codec(resolve(config.model)), limits)
+    return create_app(backend, model_card(config), load_codec(resolve(config.model)), limits, token=token)

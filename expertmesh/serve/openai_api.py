@@ -24,6 +24,7 @@ from expertmesh.serve.chat import chat_routes
 from expertmesh.serve.completions import completion_routes
 from expertmesh.serve.metrics import ServeMetrics
 from expertmesh.serve.middleware import BodyGuard, RequestContext
+from expertmesh.serve.operations import operation_routes
 from expertmesh.serve.problems import ClientDisconnectedError, problem_of
 from expertmesh.serve.status import status_routes
 from expertmesh.serve.surface import Surface
@@ -39,13 +40,15 @@ def create_app(
     codec: TextCodec | None,
     limits: Limits,
     *,
+    token: str | None = None,
     clock: Clock = SYSTEM_CLOCK,
     rng: random.Random | None = None,
     registry: CollectorRegistry | None = None,
 ) -> FastAPI:
     """The app that serves one model. Without a codec it takes and gives token ids only.
 
-    `rng` makes ids and the seeds of unseeded requests; `registry` is what /metrics shows, for others to add to.
+    `token` is what orders to the mesh must bring; without one there are none. `rng` makes ids and the seeds of unseeded
+    requests; `registry` is what /metrics shows, for others to add to.
     """
     rng = rng or random.SystemRandom()
     metrics = ServeMetrics(registry or CollectorRegistry(), clock)
@@ -53,6 +56,8 @@ def create_app(
     app = FastAPI(title="expertmesh", version=metadata.version("expertmesh"), redirect_slashes=False)
     for routes in (completion_routes, chat_routes, token_routes, status_routes):
         app.include_router(routes(surface))
+    if token is not None:
+        app.include_router(operation_routes(backend, token))
     for kind in (ExpertMeshError, HTTPException, RequestValidationError, ClientDisconnectedError):
         app.add_exception_handler(kind, _answer_problem)
     app.add_middleware(BodyGuard, max_body_bytes=limits.max_body_bytes)

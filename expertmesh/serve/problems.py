@@ -13,9 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from expertmesh.errors import (
+    BusyError,
+    ConfigError,
     DeadlineExceededError,
     ExpertMeshError,
     InvalidRequestError,
+    NoControllerError,
     NoReadyReplicaError,
     OverloadedError,
 )
@@ -23,6 +26,7 @@ from expertmesh.errors import (
 _TYPES = {429: "rate_limit_error", 504: "timeout_error"}
 _RETRY_NO_REPLICA_S = 1.0
 """A replica is loaded, or a host replaced, in about this time."""
+_RETRY_NO_CONTROLLER_S = 5.0
 
 
 class ClientDisconnectedError(Exception):
@@ -49,6 +53,8 @@ class Problem:
         headers = {}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
         return Response(json.dumps(self.body()), self.status, headers, "application/json")
 
 
@@ -60,6 +66,12 @@ def problem_of(error: Exception) -> Problem:
             return Problem(status=429, message=str(error), code="overloaded", retry_after_s=error.retry_after_s)
         case NoReadyReplicaError():
             return Problem(status=503, message=str(error), code="no_ready_replica", retry_after_s=_RETRY_NO_REPLICA_S)
+        case NoControllerError():
+            return Problem(status=503, message=str(error), code="no_controller", retry_after_s=_RETRY_NO_CONTROLLER_S)
+        case BusyError():
+            return Problem(status=409, message=str(error), code="busy")
+        case ConfigError():
+            return Problem(status=400, message=str(error))
         case DeadlineExceededError():
             return Problem(status=504, message=str(error), code="deadline_exceeded")
         case RequestValidationError():

@@ -11,19 +11,29 @@ from typing import TYPE_CHECKING
 from expertmesh.allocator import FORWARD_BYTES, keep_freed_memory
 from expertmesh.backbone import load_backbone
 from expertmesh.checkpoint.source import resolve
+from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.engine import EngineConfig, make_engine
 from expertmesh.engine.api import PromptLogprobs, TokenEvent
+from expertmesh.errors import InvalidRequestError
 from expertmesh.moe.exchange import Exchange, ExchangeLimits
 from expertmesh.moe.layer import MoeLayer
 from expertmesh.serve.card import model_card
+from expertmesh.trace.format import TraceHeader, encode_header, fingerprint
+from expertmesh.trace.recorder import TraceRecorder
 from expertmesh.transport.network import NetworkTransport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from expertmesh.config import MeshConfig
     from expertmesh.engine.api import GenerateRequest
     from expertmesh.placement import Placement
+
+TRACE_EVERY_S = 0.5
+"""How often what was recorded is passed on."""
 
 
 class Router:
@@ -31,6 +41,7 @@ class Router:
 
     def __init__(self, config: MeshConfig, placement: Placement, token: str) -> None:
         keep_freed_memory(FORWARD_BYTES)
+        self._config = config
         path = resolve(config.model)
         section = config.router
         backbone = load_backbone(path, dtype=config.dtype)
@@ -85,6 +96,41 @@ class Router:
         finally:
             if not finished:
                 self._engine.cancel(request.request_id)
+
+    async def trace(self, seconds: float) -> AsyncIterator[bytes]:
+        """What the gates choose for so long, as a trace: its bytes as they come. One at a time."""
+        if self._exchange.observe is not None:
+            raise InvalidRequestError("a trace is being recorded already; wait for its end", status=409)
+        recorder: TraceRecorder | None = None
+
+        def observe(layer: int, index_TK: NDArray[np.int64]) -> None:
+            nonlocal recorder
+            if recorder is None:
+                recorder = TraceRecorder(self._trace_header(index_TK.shape[1]), SYSTEM_CLOCK)
+            recorder.record(layer, index_TK)
+
+        ends_at = SYSTEM_CLOCK.monotonic() + seconds
+        is_begun = False
+        self._exchange.observe = observe
+        try:
+            while (left_s := ends_at - SYSTEM_CLOCK.monotonic()) > 0:
+                await asyncio.sleep(min(left_s, TRACE_EVERY_S))
+                if recorder is not None and (records := recorder.take()):
+                    yield records if is_begun else encode_header(recorder.header) + records
+                    is_begun = True
+        finally:
+            self._exchange.observe = None
+
+    def _trace_header(self, top_k: int) -> TraceHeader:
+        config = (resolve(self._config.model) / "config.json").read_bytes()
+        return TraceHeader(
+            model=self._config.name,
+            fingerprint=fingerprint(config),
+            num_experts=self._exchange.placement.num_experts,
+            top_k=top_k,
+            content="choices",
+            origin={"recorded": True},
+        )
 
     async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
         """Log-probabilities of a prompt's own tokens."""

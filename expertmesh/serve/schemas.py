@@ -239,3 +239,26 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[TokenId]
+
+
+class ScaleBody(Body):
+    """POST /mesh/scale."""
+
+    pool: str = Field(min_length=1)
+    hosts: int = Field(ge=0, le=10_000)
+
+
+class PoolBody(Body):
+    """POST /mesh/auto."""
+
+    pool: str = Field(min_length=1)
+
+
+class DrainBody(Body):
+    """POST /mesh/drain."""
+
+    host: str = Field(min_length=1)
+
+
+class RebalanceBody(Body):
+    """POST /mesh/rebalance: an empty object."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from expertmesh.serve.backend import MeshView
+from expertmesh.serve.mesh_metrics import MeshMetrics
 from expertmesh.serve.surface import Surface
+
+MAX_TRACE_S = 24 * 3600.0
 
 
 def status_routes(surface: Surface) -> APIRouter:
     routes = APIRouter()
     card = surface.card
+    mesh_metrics = MeshMetrics(surface.metrics.registry, surface.backend)
     model = {
         "id": card.name,
         "object": "model",
@@ -51,6 +55,7 @@ def status_routes(surface: Surface) -> APIRouter:
 
     @routes.get("/metrics", tags=["operation"])
     async def metrics() -> Response:
+        await mesh_metrics.refresh()
         return Response(generate_latest(surface.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     @routes.get("/mesh/hosts", tags=["mesh"])
@@ -68,6 +73,15 @@ def status_routes(surface: Surface) -> APIRouter:
     @routes.get("/mesh/decisions", tags=["mesh"])
     async def decisions() -> Response:
         return await mesh("decisions")
+
+    @routes.get("/mesh/moves", tags=["mesh"])
+    async def moves() -> Response:
+        return await mesh("moves")
+
+    @routes.get("/mesh/trace", tags=["mesh"])
+    async def trace(seconds: Annotated[float, Query(gt=0, le=MAX_TRACE_S)]) -> StreamingResponse:
+        """What the gates choose from now on, as a routing trace (msgpack), for so long."""
+        return StreamingResponse(surface.backend.trace(seconds), media_type="application/vnd.msgpack")
 
     async def mesh(view: MeshView) -> Response:
         return Response(to_json(await surface.backend.mesh(view)), media_type="application/json")

@@ -51,6 +51,7 @@ class ScriptedBackend:
         vocab_size: int,
         eos_token_ids: Sequence[int] = (),
         mesh: dict[str, Any] | None = None,
+        trace: bytes = b"",
     ) -> None:
         self.is_healthy = True
         self.requests: list[GenerateRequest] = []
@@ -59,6 +60,7 @@ class ScriptedBackend:
         self.cancelled: queue.SimpleQueue[str] = queue.SimpleQueue()
         """The same of those whose iterators were closed early, as they end."""
         self._script = script
+        self._trace = trace
         self._vocab_size = vocab_size
         self._eos = frozenset(eos_token_ids)
         self.views = mesh or {}
@@ -101,6 +103,9 @@ class ScriptedBackend:
             token_logprobs=(None, *(scripted_logprob(before, token, self._vocab_size) for before, token in pairs)),
             top_logprobs=((), *(self._top(before, max(top_logprobs, 1)) for before, _ in pairs)),
         )
+
+    async def trace(self, seconds: float) -> AsyncGenerator[bytes, None]:
+        yield self._trace
 
     async def mesh(self, what: str) -> Any:
         if what not in self.views:

@@ -85,10 +85,11 @@ def test_the_mesh_describes_itself(mesh: Served) -> None:
     assert len(hosts) == 2
     assert len({host["pid"] for host in hosts}) == 2
     assert {"id", "pool", "node", "pid", "slots", "replicas", "rate", "state"} <= set(hosts[0])
-    assert sum(host["replicas"] for host in hosts) == sum(placement["num_experts"])
+    assert sum(host["replicas"] for host in hosts) >= sum(placement["num_experts"])
     assert [len(layer) for layer in load] == placement["num_experts"]
     assert sum(map(sum, load)) == sum(host["rows"] for host in hosts) > 0
-    assert httpx.get(f"{mesh.url}/mesh/decisions").json()[0]["epoch"] == placement["epoch"]
+    decisions = httpx.get(f"{mesh.url}/mesh/decisions").json()
+    assert placement["epoch"] in [entry["epoch"] for entry in decisions if entry["what"] == "publish"]
     assert httpx.get(f"{mesh.url}/health").status_code == 200
 
 
