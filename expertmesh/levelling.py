@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 _DUST = 1e-12
 """Part of all rows that is too little to be pushed."""
 
-_Hop = tuple["dict[int, float] | None", int, int]
-"""How rows get to a host: the expert's rows by host, the host before, and the host that the path starts at."""
+_Hop = tuple[int, int]
+"""How rows get to a host: the expert that can move some there, and the host that it would move them from."""
 
 
 def pour(rows: float, hosts: Sequence[int], load: list[float], rate: Sequence[float]) -> dict[int, float]:
@@ -106,41 +106,47 @@ class Levels:
         load, rate = self.load, self._rate
         target = sum(load) / sum(rate)
         while above := self._above(target * (1 + tolerance)):
-            reached, low, came_by = self._reach(above, target)
-            # What these hosts carry cannot leave them: even level among themselves they take this long.
-            least = sum([load[host] for host in reached]) / sum([rate[host] for host in reached])
-            if least > target * (1 + _DUST):
-                target = least
-            elif low:
-                self._push(low, came_by, target)
-            else:  # rounding alone is left
+            low, came_by, is_all = self._reach(above, target)
+            if is_all:
+                # What these hosts carry cannot leave them: even level among themselves they take this long.
+                least = sum([load[host] for host in came_by]) / sum([rate[host] for host in came_by])
+                if least > target * (1 + _DUST):
+                    target = least
+                    continue
+            if not low:  # rounding alone is left
                 return
+            self._push(low, came_by, target)
 
-    def relieve(self, target: float) -> list[int]:
+    def relieve(self, target: float) -> Collection[int]:
         """Push rows from hosts whose time is above `target` to others, as far as that goes.
 
         Returns hosts that stay above it, with all hosts that rows of theirs could get to; empty when all are relieved.
         """
         while above := self._above(target):
-            reached, low, came_by = self._reach(above, target)
+            low, came_by, _ = self._reach(above, target)
             if not low:
-                return reached
+                return came_by.keys()
             self._push(low, came_by, target)
-        return []
+        return ()
 
     def _above(self, time: float) -> list[int]:
         dust = self._dust
-        return [i for i, (rows, rate) in enumerate(zip(self.load, self._rate, strict=True)) if rows > time * rate + dust]
+        return [
+            i for i, (rows, rate) in enumerate(zip(self.load, self._rate, strict=True)) if rows > time * rate + dust
+        ]
 
-    def _reach(self, above: list[int], target: float) -> tuple[list[int], list[int], dict[int, _Hop]]:
-        """Which hosts rows of `above` can get to, which of those are below `target`, and how one gets there."""
+    def _reach(self, above: list[int], target: float) -> tuple[list[int], dict[int, _Hop | None], bool]:
+        """Which hosts rows of `above` can get to: those of them below `target`, how one gets to each, and if it is all.
+
+        The search ends early when what it found has room for all rows above the target.
+        """
         load, rate, dust = self.load, self._rate, self._dust
-        reached = list(above)
+        excess = sum([load[host] - target * rate[host] for host in above])
+        queue = list(above)
         low: list[int] = []
-        came_by: dict[int, _Hop] = {host: (None, host, host) for host in above}
+        came_by: dict[int, _Hop | None] = dict.fromkeys(above)
         seen = set()
-        for host in reached:
-            source = came_by[host][2]
+        for host in queue:
             for i in self._held[host]:
                 given = self.given[i]
                 if i in seen or given[host] <= dust:
@@ -148,30 +154,45 @@ class Levels:
                 seen.add(i)
                 for other in given:
                     if other not in came_by:
-                        came_by[other] = (given, host, source)
-                        reached.append(other)
-                        if load[other] < target * rate[other] - dust:
+                        came_by[other] = (i, host)
+                        queue.append(other)
+                        slack = target * rate[other] - load[other]
+                        if slack > dust:
                             low.append(other)
-        return reached, low, came_by
+                            excess -= slack
+            if excess < 0:
+                return low, came_by, False
+        return low, came_by, True
 
-    def _push(self, low: list[int], came_by: dict[int, _Hop], target: float) -> None:
-        """Move to each host of `low` as many rows as its path from a host above the target still allows."""
+    def _push(self, low: list[int], came_by: dict[int, _Hop | None], target: float) -> None:
+        """Move to each host of `low` as many rows as its path from hosts above the target still allows.
+
+        The path starts at an expert: any host above the target that it has rows on will do.
+        """
         load, rate = self.load, self._rate
+        sources: dict[int, list[int]] = {}
         for last in low:
-            source = came_by[last][2]
-            rows = min(load[source] - target * rate[source], target * rate[last] - load[last])
-            if rows <= 0:
-                continue
             path = []
-            host = last
-            while host != source:
-                given, before, _ = came_by[host]
-                assert given is not None
-                path.append((given, before, host))
-                rows = min(rows, given[before])
-                host = before
-            for given, before, after in path:
-                given[before] -= rows
-                given[after] += rows
-            load[source] -= rows
-            load[last] += rows
+            host, hop = last, came_by[last]
+            while hop:
+                i, before = hop
+                path.append((self.given[i], before, host))
+                host, hop = before, came_by[before]
+            given, _, first = path.pop()
+            if i not in sources:
+                sources[i] = [host for host in given if came_by.get(host, 0) is None]
+            room = min([target * rate[last] - load[last], *(parts[before] for parts, before, _ in path)])
+            while room > self._dust and sources[i]:
+                source = sources[i][-1]
+                rows = min(room, given[source], load[source] - target * rate[source])
+                if rows > 0:
+                    given[source] -= rows
+                    given[first] += rows
+                    for parts, before, after in path:
+                        parts[before] -= rows
+                        parts[after] += rows
+                    load[source] -= rows
+                    load[last] += rows
+                    room -= rows
+                if room > 0:
+                    sources[i].pop()

@@ -1,4 +1,4 @@
-"""Clients of a mesh that stream completions over HTTP, as users would, in a thread of their own, while a bench goes on.
+"""Clients of a mesh that stream completions over HTTP, as users would, while a bench goes on.
 
 Every answer is kept with the time of each token, so that pauses can be found and texts compared. Greedy decoding:
 a prompt has one right answer.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import multiprocessing
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import httpx
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from multiprocessing.connection import Connection
 
 
 @dataclass(slots=True)
@@ -40,48 +42,80 @@ class Answer:
 class Crowd:
     """`clients` that each send one request after the other, from entering the context until leaving it.
 
-    With `period_s`, a client begins a request only every so many seconds: an offered load that does not depend on how
-    fast the mesh answers, as long as it keeps up.
+    They run in a process of their own, for what else a bench does must not show in their times. With `period_s`, a
+    client begins a request only every so many seconds: an offered load that does not depend on how fast the mesh
+    answers, as long as it keeps up.
     """
 
     def __init__(
         self, url: str, prompts: Sequence[str], *, clients: int, tokens: int, period_s: float | None = None
     ) -> None:
-        self.prompts = list(prompts)
-        """What is asked for from the next request on; may be changed at any time."""
         self.answers: list[Answer] = []
-        """Those that are complete, errors included."""
-        self._url = url
-        self._clients = clients
-        self._tokens = tokens
-        self._period_s = period_s
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask_all()), name="crowd")
-        self._leaving = threading.Event()
+        """All of them, errors included, once the context is left."""
+        context = multiprocessing.get_context("spawn")
+        self._orders, theirs = context.Pipe()
+        arguments = (theirs, _Asking(url, list(prompts), clients, tokens, period_s))
+        self._process = context.Process(target=_run, args=arguments, name="crowd")
+
+    def ask_for(self, prompts: Sequence[str]) -> None:
+        """From the next request on."""
+        self._orders.send(list(prompts))
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._process.start()
+        self._orders.recv()  # it is ready
         return self
 
     def __exit__(self, *_: object) -> None:
         """No new requests; those under way are finished."""
-        self._leaving.set()
-        self._thread.join()
+        self._orders.send(None)
+        self.answers = self._orders.recv()
+        self._process.join()
 
-    async def _ask_all(self) -> None:
-        limits = httpx.Limits(max_connections=self._clients)
-        async with httpx.AsyncClient(base_url=self._url, timeout=120, limits=limits) as http:
-            await asyncio.gather(*(self._ask_on(http, number) for number in range(self._clients)))
 
-    async def _ask_on(self, http: httpx.AsyncClient, number: int) -> None:
-        due_s = time.perf_counter() + (self._period_s or 0.0) * number / self._clients
+@dataclass(slots=True)
+class _Asking:
+    """What a crowd does."""
+
+    url: str
+    prompts: list[str]
+    clients: int
+    tokens: int
+    period_s: float | None
+    is_leaving: bool = False
+
+
+def _run(orders: Connection, asking: _Asking) -> None:
+    """The crowd's process: asks until it is told to leave, then sends all answers."""
+
+    def obey() -> None:
+        while (prompts := orders.recv()) is not None:
+            asking.prompts = prompts
+        asking.is_leaving = True
+
+    threading.Thread(target=obey, daemon=True).start()
+    orders.send("ready")
+    orders.send(asyncio.run(_ask_all(asking)))
+
+
+async def _ask_all(asking: _Asking) -> list[Answer]:
+    answers: list[Answer] = []
+
+    async def ask_on(number: int) -> None:
+        due_s = time.perf_counter() + (asking.period_s or 0.0) * number / asking.clients
         for turn in itertools.count():
-            if self._period_s is not None:
+            if asking.period_s is not None:
                 await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-                due_s += self._period_s
-            if self._leaving.is_set():
+                due_s += asking.period_s
+            if asking.is_leaving:
                 return
-            prompts = self.prompts
-            self.answers.append(await ask(http, prompts[(number + turn) % len(prompts)], self._tokens))
+            prompts = asking.prompts
+            answers.append(await ask(http, prompts[(number + turn) % len(prompts)], asking.tokens))
+
+    limits = httpx.Limits(max_connections=asking.clients)
+    async with httpx.AsyncClient(base_url=asking.url, timeout=120, limits=limits) as http:
+        await asyncio.gather(*(ask_on(number) for number in range(asking.clients)))
+    return answers
 
 
 async def ask(http: httpx.AsyncClient, prompt: str, tokens: int) -> Answer:

@@ -70,7 +70,7 @@ def shift(
             pause.wait(before_s)
             before, loads_before = _replicas(url), fetch(url, "/mesh/load")["per_second"]
             report(Progress(phase=f"the topic shifts; {after_s:g} s more"))
-            crowd.prompts = second
+            crowd.ask_for(second)
             began_s = time.perf_counter()
             timeline, samples = [], [_Rows(url)]
             while (at_s := time.perf_counter() - began_s) < after_s:

@@ -36,6 +36,7 @@ class RouterDeployment:
     """A replica holds one `Router` and follows the controller's placements."""
 
     async def __init__(self, config: dict[str, Any], token: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._controller = _Controller()
         placement = await self._first_placement()
         self._router = await asyncio.to_thread(Router, MeshConfig.model_validate(config), placement, token)
         self._follower = asyncio.create_task(self._follow())
@@ -43,20 +44,19 @@ class RouterDeployment:
     async def _first_placement(self) -> Placement:
         """Wait for the controller's start. Raises ConfigError with what it failed on."""
         while True:
-            controller = _controller()
-            status = await controller.status.remote()
+            status = await self._controller.ask("status")
             if status["error"]:
                 raise ConfigError(status["error"])
-            placement: Placement | None = await controller.wait_placement.remote(_router_id(), 0, _POLL_S)
+            placement: Placement | None = await self._controller.ask("wait_placement", _router_id(), 0, _POLL_S)
             if placement is not None:
                 return placement
 
     async def _follow(self) -> None:
         while True:
             try:
-                controller = _controller()
-                await controller.status.remote()
-                placement = await controller.wait_placement.remote(_router_id(), self._router.epoch, _POLL_S)
+                await self._controller.ask("status")  # begins the start of one that is new
+                epoch = self._router.epoch
+                placement = await self._controller.ask("wait_placement", _router_id(), epoch, _POLL_S)
             except (RayActorError, ValueError):
                 # The controller is gone; Serve starts another. Until then the last placement stands.
                 await asyncio.sleep(1.0)
@@ -78,12 +78,12 @@ class RouterDeployment:
     async def mesh(self, what: str) -> Any:
         """What /mesh/WHAT answers: the controller's word."""
         with _controller_away():
-            return await _controller().report.remote(what)
+            return await self._controller.ask("report", what)
 
     async def order(self, what: str, values: dict[str, Any]) -> Any:
         """What POST /mesh/WHAT asks the controller for."""
         with _controller_away():
-            return await _controller().order.remote(what, values)
+            return await self._controller.ask("order", what, values)
 
     async def ready(self) -> bool:
         return self._router.healthy
@@ -103,8 +103,23 @@ def _router_id() -> str:
     return str(serve.get_replica_context().replica_id.unique_id)
 
 
-def _controller() -> Any:
-    return serve.get_deployment_actor(CONTROLLER)
+class _Controller:
+    """The way to the controller. To find it asks Ray's control service, which may be busy: once, and off the loop."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    async def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of it. Raises what that raises; RayActorError or ValueError when there is no controller."""
+        known = self._handle
+        try:
+            if known is not None:
+                return await getattr(known, method).remote(*arguments)
+        except RayActorError as error:
+            if isinstance(error, RayTaskError):
+                raise  # it answers, with an error of its own
+        self._handle = await asyncio.to_thread(serve.get_deployment_actor, CONTROLLER)
+        return await getattr(self._handle, method).remote(*arguments)
 
 
 @contextlib.contextmanager

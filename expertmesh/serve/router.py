@@ -70,7 +70,8 @@ class Router:
         return self._exchange.placement.epoch
 
     def update(self, placement: Placement) -> None:
-        """Use a newer placement; an older one changes nothing."""
+        """Use a newer placement; an older one changes nothing. May take milliseconds: not on an event loop."""
+        _ = placement.layers  # made here, lest the next exchange has to
         self._exchange.update(placement)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:

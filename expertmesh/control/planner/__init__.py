@@ -17,7 +17,7 @@ from expertmesh.control.planner.fleet import Fleet, fleet_for, survives
 from expertmesh.control.planner.improving import improve, retire
 from expertmesh.control.planner.layout import lay_out
 from expertmesh.control.planner.reasons import changes
-from expertmesh.control.planner.repair import complete, shed, spread_out
+from expertmesh.control.planner.repair import repair
 from expertmesh.control.planner.values import Change, HostSupply, Loads, Plan, PlanOptions, Replicas, Survives
 from expertmesh.errors import ConfigError
 from expertmesh.ids import ExpertId, HostId
@@ -44,11 +44,9 @@ def plan(
     _check_loads(loads)
     fleet = fleet_for(inventory, sum(map(len, loads)), options)
     before = _kept(current or {}, loads, fleet)
-    draft = Draft(fleet, loads, options.min_replicas, [[list(hosts) for hosts in layout] for layout in before])
-    shed(draft)
+    draft = Draft(fleet, loads, options.min_replicas, [list(layout) for layout in before])
     _lay_out_new(draft, options)
-    complete(draft)
-    spread_out(draft)
+    repair(draft)
     _settle(draft, options)
     return _result(draft, before, inventory)
 
@@ -66,7 +64,8 @@ def _check_loads(loads: Loads) -> None:
 def _kept(current: Replicas, loads: Loads, fleet: Fleet) -> list[Layout]:
     """The current placement on the hosts that are still there."""
     number = {host: i for i, host in enumerate(fleet.ids)}
-    layers: list[Layout] = [[[] for _ in layer] for layer in loads]
+    nobody: list[int] = []
+    layers: list[Layout] = [[nobody] * len(layer) for layer in loads]
     for expert, hosts in current.items():
         if not (0 <= expert.layer < len(loads) and 0 <= expert.index < len(loads[expert.layer])):
             raise ConfigError(f"current: expert {expert} is not among the loads; use the placement of the same model")

@@ -5,7 +5,6 @@ Invariant: no host holds more replicas than it has slots, and none of an expert 
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from expertmesh.control.planner.values import Loads
 
 Layout = list[list[int]]
-"""The hosts of each expert of one layer."""
+"""The hosts of each expert of one layer. The inner lists are never changed, so layouts may share them."""
 
 
 @dataclass(slots=True)
@@ -43,12 +42,12 @@ class Draft:
                     self.free[host] -= 1
 
     def add(self, layer: int, expert: int, host: int) -> None:
-        bisect.insort(self.layers[layer][expert], host)
+        self.layers[layer][expert] = sorted((*self.layers[layer][expert], host))
         self.free[host] -= 1
         self._changed(layer)
 
     def drop(self, layer: int, expert: int, host: int) -> None:
-        self.layers[layer][expert].remove(host)
+        self.layers[layer][expert] = [other for other in self.layers[layer][expert] if other != host]
         self.free[host] += 1
         self._changed(layer)
 

@@ -43,7 +43,8 @@ def lay_out(
 ) -> Layout:
     """The hosts of every expert of one layer: `counts[e]` of them, or fewer where `quota`, slots per host, runs out.
 
-    Among hosts that keep the layer in time, those that hold the expert in `current` are preferred.
+    Those have to be repaired. Among hosts that keep the layer in time, those that hold the expert in `current` are
+    preferred.
     """
     floor = _FLOOR * sum(loads) / len(loads) or 1.0
     load = [max(floor, x) for x in loads]
@@ -55,16 +56,16 @@ def lay_out(
     heavy = [e for e, n in enumerate(counts) if n > options.min_replicas or share[e] > least_heavy]
     light = sorted(set(range(len(load))).difference(heavy), key=lambda e: (-share[e], e))
 
-    hosts: Layout = [[] for _ in load]
+    hosts: Layout = [[]] * len(load)
     linked = _Linked(fleet, room, in_time)
     for e in sorted(heavy, key=lambda e: (-share[e], e)):
-        hosts[e] = sorted(linked.place(share[e], counts[e], options.min_replicas, current[e]))
+        hosts[e] = _spread_or_short(fleet, linked.place(share[e], counts[e], options.min_replicas, current[e]))
 
     def fill(work: list[float], in_time: float) -> Layout:
         filling = _Filling(fleet, linked.room.tolist(), work, in_time)
         filled = list(hosts)
         for e in light:
-            filled[e] = sorted(filling.place(share[e], counts[e], current[e]))
+            filled[e] = _spread_or_short(fleet, filling.place(share[e], counts[e], current[e]))
         return filled
 
     plain = fill(linked.work.tolist(), in_time)
@@ -80,6 +81,13 @@ def lay_out(
     frugal = fill(work, max(in_time, slowest))
     limit = max(LayerTimes(fleet, loads, plain).settle(), fleet.ideal(loads) * (1 + options.min_gain))
     return frugal if LayerTimes(fleet, loads, frugal).settle() <= limit else plain
+
+
+def _spread_or_short(fleet: Fleet, hosts: list[int]) -> list[int]:
+    """In order; where the quota left no room to span failure domains, one of them only. Repair sees all slots."""
+    if len(hosts) == 1:
+        return hosts
+    return sorted(hosts) if fleet.spans(hosts) else hosts[:1]
 
 
 class _Linked:
