@@ -107,6 +107,8 @@ def _start_ray(mesh: MeshConfig) -> None:
     """A cluster of this machine, which ends with this process."""
     # A laptop may have fewer cores than the mesh has parts: Ray's CPUs only count places here.
     num_cpus = max(os.cpu_count() or 1, math.ceil(_cpus(mesh)))
+    # Ray lets its processes start at full priority and then lowers it: each start would stop those that serve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **_QUIET)
 
 

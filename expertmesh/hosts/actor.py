@@ -6,16 +6,12 @@ that started it, which may die and come back, and ends by itself when it is aban
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from typing import Any
 
 import ray
-import torch
-
-from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
-from expertmesh.hosts.host import Host
-from expertmesh.hosts.process import HostServer, available_memory
 
 LEASE_S = 60.0
 """A host that no router is connected to and no controller asks for so long ends itself."""
@@ -38,6 +34,13 @@ class HostActor:
         lease_s: float = LEASE_S,
     ) -> None:
         """`memory_bytes` None takes `memory_share` of what is free. `loopback` listens to this machine only."""
+        _import_politely("expertmesh.hosts.process")
+        import torch
+
+        from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
+        from expertmesh.hosts.host import Host
+        from expertmesh.hosts.process import HostServer, available_memory
+
         keep_freed_memory(LAUNCH_BYTES)
         torch.set_num_threads(threads)
         address = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
@@ -69,3 +72,18 @@ class HostActor:
         while self._server.idle_s < lease_s:
             self._never.wait(lease_s / 4)
         os._exit(0)  # Ray has no way for an actor to end but within a call, and nobody calls
+
+
+def _import_politely(module: str) -> None:
+    """Import a module that takes seconds of a core, without taking them from those who serve on this machine.
+
+    In a thread of its own, for an ordinary user may lower a thread's priority and not raise it again.
+    """
+
+    def load() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        importlib.import_module(module)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
