@@ -35,7 +35,7 @@ class ExpertKernel(Protocol):
     def run(self, x_TH: torch.Tensor, row_P: torch.Tensor, slot_P: torch.Tensor) -> torch.Tensor:
         """Compute `y_PH[p] = expert(slot_P[p])(x_TH[row_P[p]])`.
 
-        x_TH is contiguous, on CPU, in the spec's dtype; row_P and slot_P are int64 on CPU; the pairs of a slot come together.
+        x_TH is contiguous, on CPU, in the spec's dtype; row_P and slot_P are int64 on CPU; a slot's pairs come together.
         Every slot named has been written. The result is on CPU, in the spec's dtype, unweighted and unsummed.
         """
         ...
