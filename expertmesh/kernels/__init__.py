@@ -35,8 +35,9 @@ class ExpertKernel(Protocol):
     def run(self, x_TH: torch.Tensor, row_P: torch.Tensor, slot_P: torch.Tensor) -> torch.Tensor:
         """Compute `y_PH[p] = expert(slot_P[p])(x_TH[row_P[p]])`.
 
-        x_TH is contiguous, on CPU, in the spec's dtype; row_P and slot_P are int64 on CPU; a slot's pairs come together.
-        Every slot named has been written. The result is on CPU, in the spec's dtype, unweighted and unsummed.
+        x_TH is contiguous, on CPU, in the spec's dtype; row_P and slot_P are int64 on CPU. The pairs of a slot come
+        together, and every slot named has been written. The result is on CPU, in the spec's dtype, unweighted and
+        unsummed.
         """
         ...
 
