@@ -44,6 +44,8 @@ class PoolSection(Section):
     """Never fewer hosts than this; by default `hosts`. 0: a pool that may be given up, where others can hold all."""
     max: int | None = Field(default=None, ge=1, le=10_000)
     """Never more hosts than this; by default `hosts`."""
+    standby: int = Field(default=0, ge=0, le=1_000)
+    """Hosts beyond those that are kept started and empty: with one, growing takes a moment instead of a start."""
     target: float = Field(default=0.7, gt=0, le=1)
     """The share of their time that hosts should be busy: above it for long, a host is added; well below, one goes."""
     cost: float = Field(default=0, ge=0)

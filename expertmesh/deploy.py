@@ -141,7 +141,7 @@ def _start_serve(listen: tuple[str, int], wanted_port: int | None) -> str:
 
 
 def _cpus(mesh: MeshConfig) -> float:
-    hosts = sum(pool.most_hosts * pool.cpus for pool in mesh.pools)
+    hosts = sum((pool.most_hosts + pool.standby) * pool.cpus for pool in mesh.pools)
     return hosts + mesh.router.replicas * mesh.router.cpus + mesh.gateway.replicas * mesh.gateway.cpus
 
 

@@ -43,7 +43,7 @@ def run(*, port: int, report: Callable[[Progress], None]) -> dict[str, Any]:
 
 def _mesh(hosts: int, most: int, **experts: Any) -> ServeFile:
     """The tiny model on host processes with a few spare slots each."""
-    pool = {"hosts": hosts, "min": hosts, "max": most, "cpus": 0.25, "memory": "10MiB"}
+    pool = {"hosts": hosts, "min": hosts, "max": most, "cpus": 0.25, "memory": "10MiB", "standby": most - hosts}
     values = {"model": "tiny", "dtype": "float32", "pools": [pool], "experts": experts}
     return ServeFile(serve={}, app_name="expertmesh", route_prefix="/", mesh=parse_config(values, "bench"))
 

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from expertmesh.cli.console import stderr, stdout
+from expertmesh.cli.trace_report import sparkline
 
 app = typer.Typer(help="Measure this machine, each figure beside its baseline in the same run.", no_args_is_help=True)
 
@@ -78,6 +79,49 @@ def serve_bench(
         of = report[name]
         stdout.print(f"{name.removesuffix('_ms').replace('_', ' ')}: p50 {of['p50']:.1f} ms, p99 {of['p99']:.1f} ms")
     stdout.print(f"left behind after shutdown: {report['left_behind']}")
+
+
+@app.command()
+def elastic(
+    as_json: AsJson = False,
+    port: Annotated[int, typer.Option(help="For the meshes that are started.")] = 8124,
+) -> None:
+    """Shift the topic of all requests, then grow a pool from two hosts to four and back: what clients notice.
+
+    Example:
+
+        expertmesh bench elastic --json
+    """
+    from expertmesh.bench.elastic import BALANCED, run
+    from expertmesh.cli.console import steps_shown
+
+    with steps_shown() as show:
+        report = run(port=port, report=show)
+    if as_json:
+        _print_json(report)
+        return
+    shift, resize = report["shift"], report["resize"]
+    hot, cold = shift["hot_experts"], shift["cold_experts"]
+    stdout.print(
+        f"[bold]The topic shifts[/]: {shift['requests']} requests, {shift['failed']} failed, {shift['wrong_answers']} "
+        f"other than undisturbed. Of {hot['experts']} experts that became hot {hot['gained']} gained replicas "
+        f"({hot['replicas_before']} to {hot['replicas_after']} in all), of {cold['experts']} that went cold "
+        f"{cold['lost']} lost some ({cold['replicas_before']} to {cold['replicas_after']})."
+    )
+    imbalances = [entry["imbalance"] or 1.0 for entry in shift["timeline"]]
+    stdout.print(
+        f"The slowest host takes less than {BALANCED} times the mean from {shift['balanced_after_s']} s on; "
+        f"over time, 1 to {max(imbalances):.2f}: {sparkline(imbalances, 1.0, max(imbalances))}"
+    )
+    steady, moving = resize["steady"], resize["moving"]
+    stdout.print(
+        f"[bold]Two hosts, four, two[/], at half the peak of {resize['peak_tokens_per_second']:,.0f} tokens/s: "
+        f"{resize['requests']} requests, {resize['failed']} failed, {resize['wrong_answers']} other than undisturbed. "
+        f"Between tokens: {steady['between_tokens_ms']['p99']:.0f} ms (p99) while nothing changes, at most "
+        f"{moving['between_tokens_ms']['max']:.0f} ms while hosts come and go; throughput "
+        f"{resize['throughput_moving_over_steady']:.0%}. A host serves "
+        f"{', '.join(f'{s:.1f}' for s in resize['seconds_from_decision_to_first_row'])} s after the decision."
+    )
 
 
 @app.command()

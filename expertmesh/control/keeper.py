@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from expertmesh.control import views
 from expertmesh.control.actions import Drop, Limits, Load, Publish, StopHost
 from expertmesh.control.capacity import check_drain
+from expertmesh.control.growth import Growth
 from expertmesh.control.journal import Journal
 from expertmesh.control.ledger import Ledger
 from expertmesh.control.load import LoadMeter
@@ -24,7 +25,6 @@ from expertmesh.control.planner import PlanOptions
 from expertmesh.control.progress import Watchdog, moves
 from expertmesh.control.publisher import Publisher
 from expertmesh.control.reconciler import reconcile
-from expertmesh.control.scaling import PoolPolicy, Scaler, StartHost
 from expertmesh.control.speed import SpeedMeter
 from expertmesh.control.state import HostStatus
 from expertmesh.control.tasks import Tasks
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from expertmesh.control.actions import Action
     from expertmesh.control.cluster import Cluster, HostControl, RunningHost
     from expertmesh.control.reconciler import Steps
-    from expertmesh.control.state import HostState, Observed
+    from expertmesh.control.state import HostState
     from expertmesh.control.wanted import Supply
     from expertmesh.placement import HostInfo, Placement
 
@@ -75,7 +75,6 @@ class Keeper:
         self._index = index
         self._cluster = cluster
         self._clock = clock
-        self._pools = {pool.name: pool for pool in config.pools}
         self._configuration = configuration_for(index, config.model)
         self._limits = Limits(min_replicas=config.experts.min_replicas)
         self._options = PlanOptions(min_replicas=config.experts.min_replicas)
@@ -85,23 +84,14 @@ class Keeper:
         self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs)
         self._connect = connect
         self._tell = published
+        self._changed = asyncio.Event()
+        self._tasks = Tasks(self._changed.set)
         self._join()
-        self._scaler = Scaler(
-            [
-                PoolPolicy(pool=p.name, min_hosts=p.fewest_hosts, max_hosts=p.most_hosts, target=p.target)
-                for p in config.pools
-            ],
-            self._num_experts,
-            config.experts.min_replicas,
-        )
         self._watchdog = Watchdog(self._now)
         self._desired: Mapping[ExpertId, tuple[HostId, ...]] = {}
         self._plan_at = 0.0
         self._broken: CheckpointError | None = None
         """What the checkpoint lacks, found before the mesh was up."""
-        self._changed = asyncio.Event()
-        self._starts: dict[HostId, asyncio.Task[None]] = {}
-        self._tasks = Tasks(self._changed.set)
 
     def _join(self) -> None:
         """Connect the parts that share the ledger."""
@@ -116,8 +106,20 @@ class Keeper:
             self._clock,
             self._plan_soon,
         )
-        num_experts = self._configuration.layer_experts
-        self._publisher = Publisher(num_experts, self._cluster, self._members, self._speeds, self._clock, self._tell)
+        self._publisher = Publisher(
+            self._configuration.layer_experts, self._cluster, self._members, self._speeds, self._clock, self._tell
+        )
+        self._growth = Growth(
+            self._config.pools,
+            self._num_experts,
+            self._limits.min_replicas,
+            self._members,
+            self._ledger,
+            self._journal,
+            self._tasks,
+            self._clock,
+            self._plan_soon,
+        )
 
     @property
     def placement(self) -> Placement | None:
@@ -193,7 +195,8 @@ class Keeper:
             self._tasks.start(self._members.ask(host))
         self._meter.tick(now)
         observed = self._ledger.observed(now)
-        self._scale(observed, now)
+        if self.placement is not None:
+            self._growth.turn(observed)
         if now >= self._plan_at:
             self._replan(now)
         steps = reconcile(self._desired, observed, self._limits, now)
@@ -211,27 +214,6 @@ class Keeper:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), pause_s)
         return steps
-
-    def _scale(self, observed: Observed, now: float) -> None:
-        """Start and drain hosts as the pools need it."""
-        if self.placement is None:
-            return
-        for step in self._scaler.decide(self._members.pools(observed.hosts), now):
-            if isinstance(step, StartHost):
-                host = self._members.new_name(step.pool)
-                self._journal.add("start host", f"{host}: {step.why}", host=host)
-                self._starts[host] = self._tasks.start(self._start_another(host, self._pools[step.pool]))
-            else:
-                self._journal.add("drain host", f"{step.host}: {step.why}", host=step.host)
-                self._drain(step.host, now)
-
-    def _drain(self, host: HostId, now: float) -> None:
-        """Empty a host and stop it; one that is still starting is stopped at once."""
-        if host in self._starts:
-            self._starts[host].cancel()
-        else:
-            self._ledger.host_draining(host, now)
-        self._plan_soon()
 
     def _replan(self, now: float) -> None:
         self._plan_at = now + self._config.experts.replan_s
@@ -258,7 +240,7 @@ class Keeper:
 
     def _supply(self, state: HostState) -> Supply:
         running = self._members[state.id].running
-        cost = self._pools[running.pool].cost if running.pool in self._pools else 0.0
+        cost = self._growth.pools[running.pool].cost if running.pool in self._growth.pools else 0.0
         return views.supply(state, running, self._speeds.rate(state.id), cost)
 
     def _plan_soon(self) -> None:
@@ -311,20 +293,6 @@ class Keeper:
         await self._members.start(host, pool)
         self._tasks.start(self._members.mourn(host))
 
-    async def _start_another(self, host: HostId, pool: PoolSection) -> None:
-        """Start a host while the mesh runs. Should it fail, the scaler asks for another in a while."""
-        began = self._now
-        try:
-            await self._start_host(host, pool)
-        except ExpertMeshError as error:
-            self._scaler.start_failed(pool.name, self._now)
-            self._journal.add("failed", f"start of {host}: {error}", host=host)
-        else:
-            self._scaler.start_succeeded(pool.name)
-            self._journal.add("host ready", f"{host}, after {self._now - began:.1f} s", host=host)
-        finally:
-            del self._starts[host]
-
     # --- what others ask ---------------------------------------------------------------------------------------------
 
     def router_uses(self, router: str, epoch: int) -> None:
@@ -366,16 +334,16 @@ class Keeper:
         """What an operator asks for. Raises ConfigError when it cannot be."""
         now = self._now
         if what == "scale":
-            self._scaler.scale(values["pool"], values["hosts"], now)
+            self._growth.scaler.scale(values["pool"], values["hosts"], now)
             self._journal.add("asked", f"scale pool {values['pool']} to {values['hosts']} hosts")
         elif what == "auto":
-            self._scaler.auto(values["pool"])
+            self._growth.scaler.auto(values["pool"])
             self._journal.add("asked", f"pool {values['pool']} follows its load again")
         elif what == "drain":
             host = HostId(values["host"])
             check_drain(host, self._ledger.observed(now), self._num_experts, self._limits.min_replicas)
             self._journal.add("asked", f"drain host {host}")
-            self._drain(host, now)
+            self._growth.drain(host)
         else:
             assert what == "rebalance", what
             self._journal.add("asked", "rebalance")
@@ -384,14 +352,15 @@ class Keeper:
 
     async def leave(self) -> None:
         """End whatever is under way, and leave the hosts to the controller that follows."""
-        await self._tasks.cancel()
-        await self._members.leave()
+        await self._end()
 
     async def stop(self) -> None:
         """End everything, the hosts too."""
-        hosts = list(self._members)
-        await self.leave()
-        await asyncio.gather(*(self._cluster.stop(host) for host in hosts))
+        await asyncio.gather(*(self._cluster.stop(host) for host in await self._end()))
+
+    async def _end(self) -> list[HostId]:
+        await self._tasks.cancel()
+        return await self._members.leave()
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expertmesh.control.scaling import PoolHost
+from expertmesh.control.standby import Standby
 from expertmesh.control.state import HostStatus, ReplicaStatus
-from expertmesh.errors import ExpertMeshError, ReplicaUnavailableError
+from expertmesh.errors import ReplicaUnavailableError
 from expertmesh.ids import HostId
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from expertmesh.control.ledger import Ledger
     from expertmesh.control.load import LoadMeter
     from expertmesh.control.speed import SpeedMeter
+    from expertmesh.control.standby import Prepared
     from expertmesh.control.state import HostState
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.hosts.statistics import HostStatistics
@@ -73,7 +75,7 @@ class Members:
         """`changed` is called when there is something new to act on: a host has come or gone."""
         self._cluster = cluster
         self._connect = connect
-        self._configuration = configuration
+        self.standby = Standby(cluster, connect, configuration)
         self._ledger = ledger
         self._meter = meter
         self._speeds = speeds
@@ -104,16 +106,15 @@ class Members:
         """Start a host and prepare it for the model. Raises what went wrong."""
         self._starting[host] = pool.name
         try:
-            running = await self._cluster.start(host, pool)
-            control = self._connect(running.info)
-            await control.configure(self._configuration)
-        except (ExpertMeshError, asyncio.CancelledError):
-            await self._cluster.stop(host)
-            raise
+            prepared = await self.standby.prepare(host, pool)
         finally:
             del self._starting[host]
-        self._welcome(running, control)
-        await self.ask(host)
+        await self.admit(prepared)
+
+    async def admit(self, prepared: Prepared) -> None:
+        """Have a host take part from now on."""
+        self._welcome(prepared.running, prepared.control)
+        await self.ask(prepared.running.info.id)
         self._changed()
 
     async def take_over(self, running: RunningHost) -> None:
@@ -197,7 +198,8 @@ class Members:
             )
         return pools
 
-    async def leave(self) -> None:
-        """Hang up on all hosts."""
+    async def leave(self) -> list[HostId]:
+        """Hang up on all hosts; who they were."""
         members, self._members = self._members, {}
         await asyncio.gather(*(member.control.close() for member in members.values()))
+        return [*members, *await self.standby.leave()]

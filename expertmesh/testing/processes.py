@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from expertmesh.control.cluster import RunningHost
 from expertmesh.hosts.process import HostProcess
 from expertmesh.placement import HostInfo
-from expertmesh.testing.slow_host import SLOWNESS_VARIABLE
+from expertmesh.testing.slow_host import ROW_US_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,12 +26,12 @@ class ProcessCluster:
     Pools' resources are ignored. Use as a context manager, which ends the processes.
     """
 
-    def __init__(self, num_hosts: int = 0, memory: str = "1GiB", slowness: Mapping[str, int] | None = None) -> None:
-        """`num_hosts` are started at once, more when they are asked for. `slowness`: by pool, how many times slower
-        than this machine its hosts are; those are always started anew."""
+    def __init__(self, num_hosts: int = 0, memory: str = "1GiB", row_us: Mapping[str, float] | None = None) -> None:
+        """`num_hosts` are started at once, more when they are asked for. `row_us`: by pool, how long its
+        hosts take for a row, as if on slower devices; those are always started anew."""
         self.token = secrets.token_urlsafe()
         self._memory = memory
-        self._slowness = slowness or {}
+        self._row_us = row_us or {}
         self._stack = ExitStack()
         self._idle = [self._launch() for _ in range(num_hosts)]
         self._lent: dict[HostId, tuple[RunningHost, HostProcess]] = {}
@@ -44,15 +44,15 @@ class ProcessCluster:
         return len(self._idle) + len(self._lent)
 
     def _launch(self, pool: str = "") -> HostProcess:
-        if pool not in self._slowness:
+        if pool not in self._row_us:
             return self._stack.enter_context(HostProcess(self.token, memory=self._memory))
-        slow = {SLOWNESS_VARIABLE: str(self._slowness[pool])}
+        slow = {ROW_US_VARIABLE: str(self._row_us[pool])}
         module = "expertmesh.testing.slow_host"
         return self._stack.enter_context(HostProcess(self.token, memory=self._memory, module=module, environment=slow))
 
     async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
         """Lend a process that is idle, or a new one."""
-        is_usual = pool.name not in self._slowness
+        is_usual = pool.name not in self._row_us
         process = self._idle.pop() if self._idle and is_usual else await asyncio.to_thread(self._launch, pool.name)
         info = HostInfo(id=host, address=process.address, socket=process.socket)
         running = RunningHost(info=info, pool=pool.name, node="here", process_id=process.pid)
