@@ -6,15 +6,18 @@ To read how a token is made, follow the token plane, from the request inwards:
     serve/router.py       one copy of the dense model         -> engine/ (which requests run, which token comes next)
     backbone/             transformers' model, experts taken out
     moe/layer.py          exchange, then the weighted sum     -> moe/dispatch.py, moe/exchange.py
-    transport/            rows to a host and back
-    hosts/service.py      what a host answers                 -> hosts/host.py, hosts/slots.py
+    transport/network.py  rows to a host and back: grpc_link, or socket_link within a machine
+    hosts/rows.py         what a host answers                 -> hosts/host.py, hosts/slots.py
     kernels/              the expert's feed-forward network
 
 To read how experts come to be where they are, follow the control plane:
 
     app.py                a config becomes a Ray Serve application
-    control/controller.py starts hosts, loads experts, publishes placements
-    control/planner/      where each expert goes, and how many replicas it has
+    control/controller.py brings a mesh up                    -> control/keeper.py, the loop that keeps it:
+    control/load.py       what hosts' counters say of load    -> control/speed.py, of how fast they are
+    control/planner/      where each expert should be, and how many replicas it has
+    control/ledger.py     what is the case                    -> control/reconciler.py, the next steps
+    control/scaling.py    how many hosts there should be      -> control/growth.py, which starts and drains them
     checkpoint/           which tensors make an expert, and reading one
 
 The planes meet in `placement.py` (down) and in what hosts report (up). Words are defined in README.md.

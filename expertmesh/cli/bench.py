@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from expertmesh.cli.trace_report import sparkline
 
 app = typer.Typer(help="Measure this machine, each figure beside its baseline in the same run.", no_args_is_help=True)
 
+Picture = Annotated[Path | None, typer.Option(help="Draw it too, to this file (.svg, .png, .pdf).")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with the machine and the versions.")]
 
 
@@ -85,6 +87,7 @@ def serve_bench(
 def elastic(
     as_json: AsJson = False,
     port: Annotated[int, typer.Option(help="For the meshes that are started.")] = 8124,
+    picture: Picture = None,
 ) -> None:
     """Shift the topic of all requests, then grow a pool from two hosts to four and back: what clients notice.
 
@@ -93,10 +96,13 @@ def elastic(
         expertmesh bench elastic --json
     """
     from expertmesh.bench.elastic import BALANCED, run
+    from expertmesh.bench.picture import draw_shift
     from expertmesh.cli.console import steps_shown
 
     with steps_shown() as show:
         report = run(port=port, report=show)
+    if picture is not None:
+        draw_shift(report, picture)
     if as_json:
         _print_json(report)
         return
@@ -129,6 +135,7 @@ def balance(
     as_json: AsJson = False,
     seeds: Annotated[int, typer.Option(min=1, help="Loads to plan for, of each shape.")] = 20,
     plans: Annotated[int, typer.Option(min=1, help="Plans in a row while the load wanders.")] = 20,
+    picture: Picture = None,
 ) -> None:
     """What the slowest host takes when the load has drifted from the plan, beside EPLB and lower bounds. Needs no mesh.
 
@@ -137,9 +144,12 @@ def balance(
         expertmesh bench balance --json
     """
     from expertmesh.bench.balance import run
+    from expertmesh.bench.picture import draw_balance
 
     with stderr.status("planning and splitting"):
         report = run(seeds=seeds, plans=plans)
+    if picture is not None:
+        draw_balance(report, picture)
     if as_json:
         _print_json(report)
         return
