@@ -31,7 +31,7 @@ check: $(INSTALLED)  ## formatting, lint, types, import rules, spelling
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell --skip "expertmesh/models/tiny,*_pb2*" expertmesh protos configs README.md CHANGELOG.md
+	$(BIN)/codespell --skip "expertmesh/models/tiny,*_pb2*" expertmesh protos configs cluster README.md CHANGELOG.md
 
 lint: $(INSTALLED)  ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .
@@ -40,6 +40,9 @@ lint: $(INSTALLED)  ## mend what can be mended by itself
 bench: $(INSTALLED)  ## measure this machine
 	$(BIN)/expertmesh bench exchange
 	$(BIN)/expertmesh bench serve
+	$(BIN)/expertmesh bench elastic
+	$(BIN)/expertmesh bench balance
+	$(BIN)/expertmesh bench planner
 
 protos: $(INSTALLED)  ## generate the stubs again
 	$(BIN)/python expertmesh/_proto/generate.py
