@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 
+_HOME = pwd.getpwuid(os.getuid()).pw_dir
+"""Where ssh logs in to, whatever HOME says here."""
 _SSHD = "/usr/sbin/sshd"
 _TOOLS = ("bash", "ip", "mount", "nsenter", "rsync", "ssh", "ssh-keygen", "unshare", _SSHD)
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -126,7 +129,7 @@ class Network:
         seed = self._folder / name
         (seed / ".sshd").mkdir(parents=True)
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(seed / ".sshd/key"))
-        (seed / ".sshd/config").write_text(_SSHD_CONFIG.replace("~", str(Path.home())))
+        (seed / ".sshd/config").write_text(_SSHD_CONFIG.replace("~", _HOME))
         for path, content in {".ssh/authorized_keys": self.key.with_suffix(".pub").read_text(), **home}.items():
             (seed / path).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
@@ -199,4 +202,4 @@ def _run(*command: str) -> None:
 
 def _environment() -> dict[str, str]:
     """Only what a fresh login has: this process may run under settings of its own."""
-    return {"PATH": _PATH, "HOME": str(Path.home()), "LANG": "C.UTF-8"}
+    return {"PATH": _PATH, "HOME": _HOME, "LANG": "C.UTF-8"}
