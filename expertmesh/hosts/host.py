@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -56,7 +56,7 @@ class Host:
         self._device = device
         self._make = make
         self._pools: tuple[SlotPool, ...] = ()
-        self._done = LaunchSums()
+        self._done = _Done()
 
     def configure(self, configuration: HostConfiguration) -> tuple[int, ...]:
         """Make empty pools for a model, and forget any before: the number of slots of each.
@@ -130,7 +130,7 @@ class Host:
         for work in works:
             pool.count(work.slots, work.request.counts)
         num_experts = len(works[0].slots) if len(works) == 1 else len(np.unique(slot_P))
-        self._done = self._done.plus(num_experts, len(row_P), took_s)
+        self._done.add(num_experts, len(row_P), took_s)
         if by_slot is None:
             return [LayerReply(y_PB, took_s)]
         y_PB = y_PB[np.argsort(by_slot, kind="stable")]
@@ -142,9 +142,38 @@ class Host:
             slots=tuple(pool.kernel.num_slots for pool in self._pools),
             memory_bytes=self.memory_bytes,
             replicas=tuple(load for pool in self._pools for load in pool.loads()),
-            done=self._done,
+            done=self._done.sums(),
             at_s=time.monotonic(),
         )
+
+
+@dataclass(slots=True)
+class _Done:
+    """`LaunchSums` in the making: each launch adds to them, and nothing else that short may cost much."""
+
+    launches: int = 0
+    experts: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    experts_squared: int = 0
+    experts_rows: int = 0
+    rows_squared: int = 0
+    experts_busy_s: float = 0.0
+    rows_busy_s: float = 0.0
+
+    def add(self, experts: int, rows: int, took_s: float) -> None:
+        self.launches += 1
+        self.experts += experts
+        self.rows += rows
+        self.busy_s += took_s
+        self.experts_squared += experts * experts
+        self.experts_rows += experts * rows
+        self.rows_squared += rows * rows
+        self.experts_busy_s += experts * took_s
+        self.rows_busy_s += rows * took_s
+
+    def sums(self) -> LaunchSums:
+        return LaunchSums(*astuple(self))
 
 
 def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
