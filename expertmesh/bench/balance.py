@@ -21,15 +21,22 @@ from expertmesh.bench.balance_sides import OPTIONS, EvenSplit, Ours, Side, ideal
 from expertmesh.bench.measure import environment
 from expertmesh.control.planner import HostSupply
 from expertmesh.ids import HostId
+from expertmesh.trace import shipped
+from expertmesh.trace.format import TraceReader
+from expertmesh.trace.windows import windows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import ArrayLike, NDArray
 
 DRIFT = 0.25
 """Sigma of the logarithm of the factor between an expert's planned load and its live one."""
 BATCH_ROWS = 1 << 16
+TRACE_HOSTS = 8
+WINDOW_S = 10.0
+"""Between plans on a shipped trace."""
 REPLICA_BYTES = 3 * 7168 * 2048
 """One expert of DeepSeek-V3 in 8 bits: what a replica that moves is counted as."""
 NONE, EPLB, OURS = "no replication", "EPLB, even split", "ours"
@@ -78,6 +85,7 @@ def run(*, seeds: int = 20, plans: int = 20, cases: Sequence[Case] = CASES) -> d
         "cases": [_measure(case, seeds) for case in cases],
         "replica_bytes": REPLICA_BYTES,
         "wandering": [_wander(case, plans) for case in cases],
+        "traces": [_follow(path) for path in shipped()],
         "environment": environment("expertmesh bench balance --json"),
     }
 
@@ -123,6 +131,16 @@ def _measure(case: Case, seeds: int) -> dict[str, Any]:
     }
 
 
+def _follow(path: Path) -> dict[str, Any]:
+    """A shipped trace, on hosts with a quarter more slots than there are experts, planned anew for every window."""
+    trace = TraceReader(path)
+    num_experts = trace.header.num_experts
+    spans = [window.rows for window in windows(trace, num_experts, WINDOW_S)]
+    slots = -(-sum(num_experts) * 5 // (4 * TRACE_HOSTS))
+    inventory = [HostSupply(host=HostId(f"h{i}"), slots=slots) for i in range(TRACE_HOSTS)]
+    return {"case": path.stem, **_compared(spans, inventory)}
+
+
 def _wander(case: Case, plans: int) -> dict[str, Any]:
     """Loads that wander off, half as far from one plan to the next as a live batch from its plan."""
     rng = np.random.default_rng(0)
@@ -131,10 +149,13 @@ def _wander(case: Case, plans: int) -> dict[str, Any]:
     for _ in range(plans):
         loads_E = loads_E * rng.lognormal(0, DRIFT / 2, case.experts)
         loads_over_time.append([loads_E])
-    steps = compare(loads_over_time, case.inventory())
+    return {"case": case.name, **_compared(loads_over_time, case.inventory())}
+
+
+def _compared(loads_over_time: Sequence[Sequence[ArrayLike]], inventory: Sequence[HostSupply]) -> dict[str, Any]:
+    steps = compare(loads_over_time, inventory)
     return {
-        "case": case.name,
-        "plans": plans,
+        "plans": len(steps),
         "time": {name: round(float(np.mean([step[name]["time"] for step in steps])), 4) for name in (EPLB, OURS)},
         "slower_than_eplb": sum(step[OURS]["time"] > step[EPLB]["time"] for step in steps),
         "bytes_moved": {name: sum(step[name]["moves"] for step in steps[1:]) * REPLICA_BYTES for name in (EPLB, OURS)},

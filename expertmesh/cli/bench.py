@@ -160,8 +160,8 @@ def balance(
     for case in report["cases"]:
         table.add_row(case["case"], *(f"{value:.3f}" for value in case["mean"].values()))
     stdout.print(table)
-    stdout.print(f"\nThe load wanders, {plans} plans in a row:")
-    for case in report["wandering"]:
+    stdout.print(f"\nThe load wanders, {plans} plans in a row; then the traces that we ship, a plan every window:")
+    for case in report["wandering"] + report["traces"]:
         sides = (f"{name} {case['time'][name]:.3f}, {case['bytes_moved'][name] / 1e9:,.1f} GB" for name in case["time"])
         stdout.print(f"{case['case']}: {'; '.join(sides)}", highlight=False)
 

@@ -2,3 +2,12 @@
 
 Reads in the order format, recorder, synthetic, simulate, replay.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def shipped() -> list[Path]:
+    """The traces that come with the package: made-up loads of every kind, and the tiny model's, recorded."""
+    return sorted((Path(__file__).parent / "data").glob("*.trace"))
