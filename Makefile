@@ -24,7 +24,8 @@ demo: $(INSTALLED)  ## serve the tiny model, change the topic, add a host, kill 
 	$(BIN)/expertmesh demo
 
 test: check $(INSTALLED)  ## everything that CI runs
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not ray" --numprocesses 2
+	$(BIN)/pytest -m ray
 
 check: $(INSTALLED)  ## formatting, lint, types, import rules, spelling
 	$(BIN)/ruff format --check .

@@ -169,7 +169,10 @@ def test_a_mesh_across_machines_answers_as_one_process_does(cluster: Cluster, ex
     (application,) = config["applications"]
     application["runtime_env"] = {"env_vars": {"EXPERTMESH_TOKEN": TOKEN}}
     application["args"]["network"] = {"listen": "node"}
-    application["args"]["pools"][0] |= {"labels": {"role": "worker"}, "hosts": 2, "max": 3}
+    pool = application["args"]["pools"][0] | {"labels": {"role": "worker"}, "cpus": 0.5}
+    # A host of the other pool takes a whole machine, and so waits for one that has none yet.
+    later = {"name": "later", "hosts": 0, "max": 1, "labels": {"role": "worker"}, "cpus": 1}
+    application["args"]["pools"] = [pool, later]
     cluster.laptop.run("cat > ~/mesh.yaml", given=yaml.safe_dump(config))
     cluster.laptop.run("ray rsync-up ~/onprem.yaml ~/mesh.yaml '~/mesh.yaml'")
     cluster.on_head("serve deploy mesh.yaml")
@@ -189,7 +192,7 @@ def test_a_script_outside_computes_on_the_hosts(cluster: Cluster) -> None:
 def test_a_machine_that_is_listed_later_joins(cluster: Cluster, expected: dict[str, str]) -> None:
     cluster.up([cluster.one, cluster.two, cluster.three], "--no-restart")
     cluster.wait_alive(cluster.head, cluster.one, cluster.two, cluster.three)
-    cluster.order("scale", pool="cpu", hosts=3)
+    cluster.order("scale", pool="later", hosts=1)
     machines = {cluster.one.address, cluster.two.address, cluster.three.address}
     cluster.wait(lambda: host_machines(cluster) == machines, "a host on the new machine")
     assert answers(cluster) == expected

@@ -89,7 +89,7 @@ def backend(gateway) -> ScriptedBackend:
 @pytest.fixture
 def command(gateway, backend, monkeypatch, capsys, tmp_path):
     """Runs `expertmesh ...` in this process: its exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr("expertmesh.cli.console.stdout._width", 150)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(TOKEN_VARIABLE, "the-token")
 
@@ -187,7 +187,7 @@ def test_the_placement_of_one_layer_is_a_table_of_experts_and_hosts(command, mon
     hot, cold = (line.split() for line in out.splitlines()[2:4])
     assert hot == ["0", "30.0", "75.0%", "2", "●", "●", "·"]
     assert cold == ["1", "10.0", "25.0%", "1", "●", "·", "·"]
-    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr("expertmesh.cli.console.stdout._width", 50)
     _, out, _ = command("placement", "--layer", 0)
     assert out.splitlines()[-2].split()[-2:] == ["cpu-0,", "cpu-1"]
 
@@ -241,7 +241,7 @@ def test_top_shows_the_whole_mesh_in_one_frame(command):
 
 
 def test_top_cuts_what_does_not_fit_on_a_line(command, backend, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("expertmesh.cli.console.stdout._width", 60)
     backend.views["decisions"] = [{"time": 100.0, "what": "plan", "why": "a very long reason " * 20}]
     _, out, _ = command("top", "--once")
     assert out.count("a very long reason ") == 1
