@@ -86,7 +86,6 @@ class Growth:
             host = ready.running.info.id
             self._journal.add("start host", f"{host}, which stood by: {why}", host=host)
             self._tasks.start(self._members.admit(ready))
-            self._tasks.start(self._members.mourn(host))
             return
         host = self._members.new_name(pool.name)
         self._journal.add("start host", f"{host}: {why}", host=host)
@@ -103,7 +102,6 @@ class Growth:
         else:
             self.scaler.start_succeeded(pool.name)
             self._journal.add("host ready", f"{host}, after {self._clock.monotonic() - began:.1f} s", host=host)
-            self._tasks.start(self._members.mourn(host))
         finally:
             del self._starts[host]
 

@@ -103,6 +103,7 @@ class Keeper:
             self._meter,
             self._speeds,
             self._journal,
+            self._tasks,
             self._clock,
             self._plan_soon,
         )
@@ -144,7 +145,7 @@ class Keeper:
 
         async def start(pool: PoolSection, host: HostId) -> None:
             nonlocal done
-            await self._start_host(host, pool)
+            await self._members.start(host, pool)
             done += 1
             show("starting hosts", done, len(wanted))
 
@@ -170,8 +171,6 @@ class Keeper:
             self._ledger.adopt(note.epoch, note.replicas, self._now)
             self._desired = note.replicas
         await asyncio.gather(*(self._members.take_over(host) for host in found))
-        for host in found:
-            self._tasks.start(self._members.mourn(host.info.id))
         if note is not None:
             self._publisher.adopt(note)
         self._journal.add("take over", f"a controller was here before: {len(found)} hosts run")
@@ -287,12 +286,6 @@ class Keeper:
         else:
             await self._cluster.stop(action.host)
 
-    # --- hosts -------------------------------------------------------------------------------------------------------
-
-    async def _start_host(self, host: HostId, pool: PoolSection) -> None:
-        await self._members.start(host, pool)
-        self._tasks.start(self._members.mourn(host))
-
     # --- what others ask ---------------------------------------------------------------------------------------------
 
     def router_uses(self, router: str, epoch: int) -> None:
@@ -304,7 +297,6 @@ class Keeper:
         """The JSON behind /mesh/WHAT: hosts, placement, load, decisions or moves. Of loads and hosts, as of now."""
         if what in ("hosts", "load"):
             await asyncio.gather(*(self._members.ask(host) for host in self._members))
-        observed = self._ledger.observed(self._now)
         if what == "placement":
             if self.placement is None:
                 raise NoControllerError("there is no placement yet; ask again in a moment")
@@ -312,11 +304,13 @@ class Keeper:
         if what == "decisions":
             return self._journal.entries()
         if what == "moves":
+            under_way = moves(self._ledger.observed(self._now))
             return {
-                "moves": [views.move(move, self._now) for move in moves(observed)],
+                "moves": [views.move(move, self._now) for move in under_way],
                 "alarm": self._watchdog.alarm(self._now),
             }
         if what == "hosts":
+            observed = self._ledger.observed(self._now)
             return [
                 views.host(
                     observed.hosts.get(host),

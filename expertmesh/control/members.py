@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from expertmesh.control.speed import SpeedMeter
     from expertmesh.control.standby import Prepared
     from expertmesh.control.state import HostState
+    from expertmesh.control.tasks import Tasks
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.hosts.statistics import HostStatistics
     from expertmesh.placement import HostInfo
@@ -69,6 +70,7 @@ class Members:
         meter: LoadMeter,
         speeds: SpeedMeter,
         journal: Journal,
+        tasks: Tasks,
         clock: Clock,
         changed: Callable[[], None],
     ) -> None:
@@ -80,6 +82,7 @@ class Members:
         self._meter = meter
         self._speeds = speeds
         self._journal = journal
+        self._tasks = tasks
         self._clock = clock
         self._changed = changed
         self._members: dict[HostId, Member] = {}
@@ -129,8 +132,9 @@ class Members:
         now = self._clock.monotonic()
         self._members[running.info.id] = Member(running, control, heard_at=now)
         self._ledger.host_started(running.info.id, now)
+        self._tasks.start(self._mourn(running.info.id))
 
-    async def mourn(self, host: HostId) -> None:
+    async def _mourn(self, host: HostId) -> None:
         """Wait for the end of a host's process, and forget it then."""
         cause = await self._cluster.ended(host)
         member = self._members.pop(host, None)

@@ -7,18 +7,17 @@ be slower than its fellows, hotter or shared with others; then it gets a factor.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from expertmesh.hosts.statistics import LaunchSums
+from expertmesh.hosts.statistics import NOTHING, LaunchSums
 from expertmesh.placement import TimeModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from expertmesh.ids import HostId
 
 MIN_LAUNCHES = 8
@@ -57,7 +56,7 @@ class SpeedMeter:
         history.append((at_s, done))
         while len(history) > 2 and history[1][0] < at_s - self._window_s:
             history.popleft()
-        self._totals[pool] = total((self._totals.get(pool, LaunchSums()), self._recent(host).since(before)))
+        self._totals[pool] = self._totals.get(pool, NOTHING).plus(self._recent(host).since(before))
         shape = fit(self._totals[pool])
         if shape is not None:
             self._shapes[pool] = shape
@@ -72,7 +71,7 @@ class SpeedMeter:
 
     def _recent(self, host: HostId) -> LaunchSums:
         history = self._history.get(host)
-        return history[-1][1].since(history[0][1]) if history else LaunchSums()
+        return history[-1][1].since(history[0][1]) if history else NOTHING
 
     def time_model(self, host: HostId) -> TimeModel | None:
         """How long the host's launches take; while it has made too few, that of its pool. None: nobody has."""
@@ -103,7 +102,7 @@ class SpeedMeter:
 
         A host of which nothing is known is taken for the median of the others.
         """
-        mean = total(self._totals.values())
+        mean = functools.reduce(LaunchSums.plus, self._totals.values(), NOTHING)
         if not mean.launches or not mean.rows:
             return 1.0
         rows, experts = mean.rows / mean.launches, mean.experts / mean.launches
@@ -112,14 +111,6 @@ class SpeedMeter:
             models = [self.time_model(known) for known in self._pools]
         rates = [rows / model.seconds(rows, experts) for model in models if model is not None]
         return float(np.median(rates)) if rates else 1.0
-
-
-def total(sums: Iterable[LaunchSums]) -> LaunchSums:
-    """All of them together."""
-    added = LaunchSums()
-    for one in sums:
-        added = LaunchSums(*map(sum, zip(added, one, strict=True)))
-    return added
 
 
 _SIMPLEST_FIRST = tuple(terms for size in (1, 2, 3) for terms in itertools.combinations((2, 1, 0), size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from expertmesh.errors import ConfigError
 from expertmesh.hosts.slots import SlotPool
-from expertmesh.hosts.statistics import HostStatistics, LaunchSums
+from expertmesh.hosts.statistics import HostStatistics, LaunchCounter
 from expertmesh.kernels import make_kernel, slot_bytes
 from expertmesh.transport import LayerReply, LayerRequest
 
@@ -56,7 +56,7 @@ class Host:
         self._device = device
         self._make = make
         self._pools: tuple[SlotPool, ...] = ()
-        self._done = _Done()
+        self._done = LaunchCounter()
 
     def configure(self, configuration: HostConfiguration) -> tuple[int, ...]:
         """Make empty pools for a model, and forget any before: the number of slots of each.
@@ -145,35 +145,6 @@ class Host:
             done=self._done.sums(),
             at_s=time.monotonic(),
         )
-
-
-@dataclass(slots=True)
-class _Done:
-    """`LaunchSums` in the making: each launch adds to them, and nothing else that short may cost much."""
-
-    launches: int = 0
-    experts: int = 0
-    rows: int = 0
-    busy_s: float = 0.0
-    experts_squared: int = 0
-    experts_rows: int = 0
-    rows_squared: int = 0
-    experts_busy_s: float = 0.0
-    rows_busy_s: float = 0.0
-
-    def add(self, experts: int, rows: int, took_s: float) -> None:
-        self.launches += 1
-        self.experts += experts
-        self.rows += rows
-        self.busy_s += took_s
-        self.experts_squared += experts * experts
-        self.experts_rows += experts * rows
-        self.rows_squared += rows * rows
-        self.experts_busy_s += experts * took_s
-        self.rows_busy_s += rows * took_s
-
-    def sums(self) -> LaunchSums:
-        return LaunchSums(*astuple(self))
 
 
 def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:

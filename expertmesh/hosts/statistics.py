@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -24,15 +24,44 @@ class LaunchSums(NamedTuple):
     experts_busy_s: float = 0.0
     rows_busy_s: float = 0.0
 
-    def plus(self, experts: int, rows: int, took_s: float) -> LaunchSums:
-        """One launch more."""
-        of_one = (1, experts, rows, took_s)
-        products = (experts * experts, experts * rows, rows * rows, experts * took_s, rows * took_s)
-        return LaunchSums(*map(sum, zip(self, (*of_one, *products), strict=True)))
+    def plus(self, other: LaunchSums) -> LaunchSums:
+        """Both together."""
+        return LaunchSums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def since(self, earlier: LaunchSums) -> LaunchSums:
         """What came after `earlier`."""
         return LaunchSums(*(now - before for now, before in zip(self, earlier, strict=True)))
+
+
+@dataclass(slots=True)
+class LaunchCounter:
+    """`LaunchSums` in the making: each launch adds to them, and nothing else that short may cost much."""
+
+    launches: int = 0
+    experts: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    experts_squared: int = 0
+    experts_rows: int = 0
+    rows_squared: int = 0
+    experts_busy_s: float = 0.0
+    rows_busy_s: float = 0.0
+
+    def add(self, experts: int, rows: int, took_s: float) -> None:
+        """One launch more."""
+        self.launches += 1
+        self.experts += experts
+        self.rows += rows
+        self.busy_s += took_s
+        self.experts_squared += experts * experts
+        self.experts_rows += experts * rows
+        self.rows_squared += rows * rows
+        self.experts_busy_s += experts * took_s
+        self.rows_busy_s += rows * took_s
+
+    def sums(self) -> LaunchSums:
+        """As they are now."""
+        return LaunchSums(*astuple(self))
 
 
 NOTHING = LaunchSums()

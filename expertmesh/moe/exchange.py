@@ -60,6 +60,10 @@ class _Attempt(NamedTuple):
     """Hosts that have failed its pairs before."""
     deadline: float
 
+    def again(self) -> _Todo:
+        """Its pairs, for any host but this one and those before."""
+        return _Todo(self.part.pairs, self.failed | {self.part.host.id})
+
 
 @dataclass(slots=True)
 class _Run:
@@ -181,7 +185,7 @@ class Exchange:
         elif isinstance(outcome, ReplicaFailedError):
             raise outcome
         else:
-            run.todo.append(_Todo(attempt.part.pairs, attempt.failed | {attempt.part.host.id}))
+            run.todo.append(attempt.again())
 
     def _give_up_late(self, run: _Run) -> None:
         """Take the pairs away from hosts that have had their time."""
@@ -190,7 +194,7 @@ class Exchange:
             if now >= attempt.deadline:
                 self._transport.forget(ticket)
                 del run.attempts[ticket]
-                run.todo.append(_Todo(attempt.part.pairs, attempt.failed | {attempt.part.host.id}))
+                run.todo.append(attempt.again())
 
     def close(self) -> None:
         """Break the connections. Idempotent; not while `run` runs."""

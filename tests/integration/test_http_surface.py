@@ -8,14 +8,12 @@ import json
 import queue
 import random
 import socket
-import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from expertmesh.engine.api import GenerateRequest, TokenEvent
 from expertmesh.errors import NoReadyReplicaError
@@ -23,6 +21,7 @@ from expertmesh.ids import ExpertId
 from expertmesh.serve.backend import Backend, Limits, ModelCard
 from expertmesh.serve.openai_api import create_app
 from expertmesh.serve.text import TextCodec
+from expertmesh.testing.http_server import listening
 from expertmesh.testing.scripted import ScriptedBackend, Step, scripted_logprob
 from expertmesh.testing.tokenizers import byte_level_tokenizer
 
@@ -51,30 +50,11 @@ def script(request: GenerateRequest) -> Iterable[Step]:
     return [*ids_of(SAYING), EOS]
 
 
-class Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_up = threading.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.is_up.set()
-
-
 @contextmanager
 def serving(backend: Backend, codec: TextCodec | None = CODEC) -> Iterator[str]:
     app = create_app(backend, CARD, codec, Limits(), rng=random.Random(0))
-    server = Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            assert server.is_up.wait(10)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(10)
-            assert not thread.is_alive()
+    with listening(app, log_level="error") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -6,22 +6,18 @@ import asyncio
 import json
 import secrets
 import socket
-import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from expertmesh.checkpoint.index import index_checkpoint
-from expertmesh.cli import main
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.credentials import TOKEN_VARIABLE
 from expertmesh.hosts.configuration import configuration_for
@@ -29,6 +25,7 @@ from expertmesh.hosts.process import HostProcess
 from expertmesh.ids import ExpertId, HostId
 from expertmesh.models import tiny_path
 from expertmesh.placement import HostInfo, Placement
+from expertmesh.testing.http_server import listening
 from expertmesh.trace.format import TraceHeader, TraceReader, encode_choices, encode_header
 from expertmesh.trace.recorder import TraceRecorder
 from expertmesh.transport.grpc_control import GrpcHostControl
@@ -37,46 +34,13 @@ NUM_EXPERTS = (16,) * 4
 HEADER = TraceHeader(model="tiny", fingerprint="f", num_experts=NUM_EXPERTS, top_k=2, content="choices")
 
 
-class Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_up = threading.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.is_up.set()
-
-
 @contextmanager
 def serving(**routes: Callable[[Request], Response]) -> Iterator[str]:
     """A server of /mesh/trace, /mesh/placement and /v1/models, as far as they are given."""
     paths = {"trace": "/mesh/trace", "placement": "/mesh/placement", "models": "/v1/models"}
     app = Starlette(routes=[Route(paths[name], answer) for name, answer in routes.items()])
-    server = Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            assert server.is_up.wait(10)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(10)
-            assert not thread.is_alive()
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `expertmesh trace ...` in this process: its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["expertmesh", "trace", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+    with listening(app) as url:
+        yield url
 
 
 def exchanges(count: int) -> list[tuple[int, np.ndarray]]:
@@ -84,7 +48,7 @@ def exchanges(count: int) -> list[tuple[int, np.ndarray]]:
     return [(i % 4, np.stack([rng.permutation(16)[:2] for _ in range(1 + i % 5)])) for i in range(count)]
 
 
-def test_what_a_mesh_records_is_in_the_file(command, tmp_path: Path) -> None:
+def test_what_a_mesh_records_is_in_the_file(trace_command, tmp_path: Path) -> None:
     async def stream(request: Request) -> Response:
         assert float(request.query_params["seconds"]) == 0.5
         recorder = TraceRecorder(HEADER, SYSTEM_CLOCK)
@@ -100,13 +64,13 @@ def test_what_a_mesh_records_is_in_the_file(command, tmp_path: Path) -> None:
 
     path = tmp_path / "x.trace"
     with serving(trace=stream) as url:
-        assert command("record", "--address", url, "--seconds", 0.5, "-o", path)[0] == 0
+        assert trace_command("record", "--address", url, "--seconds", 0.5, "-o", path)[0] == 0
     reader = TraceReader(path)
     assert reader.header == HEADER
     assert [(r.layer, r.index_TK.tolist()) for r in reader] == [(layer, i.tolist()) for layer, i in exchanges(50)]
 
 
-def test_a_recording_that_breaks_off_keeps_what_came(command, tmp_path: Path) -> None:
+def test_a_recording_that_breaks_off_keeps_what_came(trace_command, tmp_path: Path) -> None:
     async def stream(_: Request) -> Response:
         async def pieces() -> AsyncIterator[bytes]:
             yield encode_header(HEADER)
@@ -118,7 +82,7 @@ def test_a_recording_that_breaks_off_keeps_what_came(command, tmp_path: Path) ->
 
     path = tmp_path / "x.trace"
     with serving(trace=stream) as url:
-        code, _, err = command("record", "--address", url, "-o", path)
+        code, _, err = trace_command("record", "--address", url, "-o", path)
     assert code == 2
     assert "broke off" in err
     assert len(list(TraceReader(path))) == 1
@@ -133,19 +97,21 @@ def test_a_recording_that_breaks_off_keeps_what_came(command, tmp_path: Path) ->
         (b"", 503, "answers 503"),
     ],
 )
-def test_what_is_no_recording_leaves_no_file(command, tmp_path: Path, body: bytes, status: int, message: str) -> None:
+def test_what_is_no_recording_leaves_no_file(
+    trace_command, tmp_path: Path, body: bytes, status: int, message: str
+) -> None:
     path = tmp_path / "x.trace"
     with serving(trace=lambda _: Response(body, status)) as url:
-        code, _, err = command("record", "--address", url, "-o", path)
+        code, _, err = trace_command("record", "--address", url, "-o", path)
     assert code == 2
     assert message in err
     assert not path.exists()
 
 
-def test_where_no_mesh_is_is_said_in_one_line(command, tmp_path: Path) -> None:
+def test_where_no_mesh_is_is_said_in_one_line(trace_command, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    code, _, err = command("record", "--address", url, "-o", tmp_path / "x.trace")
+    code, _, err = trace_command("record", "--address", url, "-o", tmp_path / "x.trace")
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert url in err
@@ -193,8 +159,8 @@ def trace_file(tmp_path: Path, header: TraceHeader = HEADER, count: int = 40) ->
     return path
 
 
-def test_a_replay_sends_every_choice_to_the_host_that_holds_it(command, mesh, tmp_path: Path) -> None:
-    code, out, _ = command("replay", trace_file(tmp_path), "--address", mesh, "--speed", 2, "--json")
+def test_a_replay_sends_every_choice_to_the_host_that_holds_it(trace_command, mesh, tmp_path: Path) -> None:
+    code, out, _ = trace_command("replay", trace_file(tmp_path), "--address", mesh, "--speed", 2, "--json")
     result = json.loads(out)
     assert code == 0
     rows = [sum(index_TK.size for layer, index_TK in exchanges(40) if layer // 2 == host) for host in (0, 1)]
@@ -204,19 +170,21 @@ def test_a_replay_sends_every_choice_to_the_host_that_holds_it(command, mesh, tm
     assert result["wall_s"] >= 39 * 0.01 / 2
 
 
-def test_a_trace_of_rows_is_replayed_by_drawing_choices(command, mesh, tmp_path: Path) -> None:
+def test_a_trace_of_rows_is_replayed_by_drawing_choices(trace_command, mesh, tmp_path: Path) -> None:
     path = tmp_path / "made.trace"
     shape = ("--layers", 4, "--experts", 16, "--top-k", 2, "--windows", 3)
-    assert command("make", "topics", "-o", path, *shape)[0] == 0
-    code, out, _ = command("replay", path, "--address", mesh, "--speed", "inf", "--tokens", 20, "--json")
+    assert trace_command("make", "topics", "-o", path, *shape)[0] == 0
+    code, out, _ = trace_command("replay", path, "--address", mesh, "--speed", "inf", "--tokens", 20, "--json")
     result = json.loads(out)
     assert code == 0
     assert (result["exchanges"], result["tokens"], sum(result["rows"].values())) == (12, 240, 480)
 
 
-def test_rows_of_the_wrong_shape_fail_and_are_counted(command, mesh, tmp_path: Path) -> None:
+def test_rows_of_the_wrong_shape_fail_and_are_counted(trace_command, mesh, tmp_path: Path) -> None:
     path = trace_file(tmp_path, count=3)
-    code, out, _ = command("replay", path, "--address", mesh, "--speed", "inf", "--hidden", 8, "--dtype", "float32")
+    code, out, _ = trace_command(
+        "replay", path, "--address", mesh, "--speed", "inf", "--hidden", 8, "--dtype", "float32"
+    )
     assert code == 1
     assert "failed: 3 with ReplicaFailedError" in out.replace("\n", " ")
 
@@ -231,22 +199,24 @@ def test_rows_of_the_wrong_shape_fail_and_are_counted(command, mesh, tmp_path: P
         ),
     ],
 )
-def test_a_trace_of_another_model_is_refused(command, mesh, tmp_path: Path, header: TraceHeader, message: str) -> None:
-    code, _, err = command("replay", trace_file(tmp_path, header), "--address", mesh)
+def test_a_trace_of_another_model_is_refused(
+    trace_command, mesh, tmp_path: Path, header: TraceHeader, message: str
+) -> None:
+    code, _, err = trace_command("replay", trace_file(tmp_path, header), "--address", mesh)
     assert code == 2
     assert message in err
 
 
-def test_without_the_token_there_is_no_replay(command, mesh, tmp_path: Path, monkeypatch) -> None:
+def test_without_the_token_there_is_no_replay(trace_command, mesh, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    code, _, err = command("replay", trace_file(tmp_path), "--address", mesh)
+    code, _, err = trace_command("replay", trace_file(tmp_path), "--address", mesh)
     assert code == 2
     assert TOKEN_VARIABLE in err
 
 
-def test_a_trace_without_exchanges_is_nothing_to_replay(command, mesh, tmp_path: Path) -> None:
-    code, _, err = command("replay", trace_file(tmp_path, count=0), "--address", mesh)
+def test_a_trace_without_exchanges_is_nothing_to_replay(trace_command, mesh, tmp_path: Path) -> None:
+    code, _, err = trace_command("replay", trace_file(tmp_path, count=0), "--address", mesh)
     assert code == 2
     assert "holds no exchanges" in err

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 
 from expertmesh.cli import main
 from expertmesh.cli.decisions import newer
@@ -18,6 +16,7 @@ from expertmesh.credentials import TOKEN_VARIABLE
 from expertmesh.errors import BusyError, ConfigError
 from expertmesh.serve.backend import Limits, ModelCard
 from expertmesh.serve.openai_api import create_app
+from expertmesh.testing.http_server import listening
 from expertmesh.testing.scripted import ScriptedBackend
 
 CARD = ModelCard(name="tiny", root="tiny", max_context=64, vocab_size=420, created=7)
@@ -54,29 +53,12 @@ VIEWS = {
 }
 
 
-class Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_up = threading.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.is_up.set()
-
-
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[tuple[str, ScriptedBackend]]:
     backend = ScriptedBackend(lambda request: [1], vocab_size=420)
     app = create_app(backend, CARD, None, Limits(), token="the-token")
-    server = Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        assert server.is_up.wait(10)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", backend
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
+    with listening(app) as url:
+        yield url, backend
 
 
 @pytest.fixture

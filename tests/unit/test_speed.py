@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import nnls
 
 from expertmesh.control.speed import MIN_LAUNCHES, SpeedMeter, fit
-from expertmesh.hosts.statistics import LaunchSums
+from expertmesh.hosts.statistics import LaunchCounter, LaunchSums
 from expertmesh.ids import HostId
 from expertmesh.placement import TimeModel
 
@@ -18,10 +18,10 @@ MIXED = [(1 + i % 7, 8 + i * 37 % 64) for i in range(60)]
 
 def launched(launches: list[tuple[int, int]], model: TimeModel, factor: float = 1.0) -> LaunchSums:
     """What a host counts that made launches of (experts, rows)."""
-    sums = LaunchSums()
+    counter = LaunchCounter()
     for experts, rows in launches:
-        sums = sums.plus(experts, rows, factor * model.seconds(rows, experts))
-    return sums
+        counter.add(experts, rows, factor * model.seconds(rows, experts))
+    return counter.sums()
 
 
 def close(model: TimeModel | None, to: TimeModel) -> bool:
@@ -40,10 +40,10 @@ def test_noisy_launches_are_explained_as_well_as_can_be_without_negative_figures
     experts, rows = rng.integers(1, 9, 200), rng.integers(8, 200, 200)
     terms = np.stack([np.ones(200), rows, experts], axis=1)
     took_s = np.maximum(1e-5, terms @ rng.normal(0, [1e-3, 1e-4, 1e-3]) + rng.normal(0, 1e-3, 200))
-    sums = LaunchSums()
+    counter = LaunchCounter()
     for e, r, s in zip(experts.tolist(), rows.tolist(), took_s.tolist(), strict=True):
-        sums = sums.plus(e, r, s)
-    model = fit(sums)
+        counter.add(e, r, s)
+    model = fit(counter.sums())
     assert model is not None
     figures = np.array([model.launch_s, model.row_s, model.expert_s])
     assert (figures >= 0).all()
@@ -89,7 +89,7 @@ def test_hosts_of_a_pool_that_differ_a_little_are_taken_to_be_alike() -> None:
     for at_s, factor in enumerate([1.0, 1.2, 1.2, 1.7, 1.7, 1.3, 1.3, 1.05, 1.05], start=1):
         for host in busy:
             sums = launched(MIXED, TRUE, factor if host == C else 1.0)
-            busy[host] = LaunchSums(*map(sum, zip(busy[host], sums, strict=True)))
+            busy[host] = busy[host].plus(sums)
             meter.observe(host, "pool", at_s, busy[host])
         ratios.append(meter.rate(A) / meter.rate(C))
     assert ratios[:3] == [1.0] * 3
@@ -121,7 +121,7 @@ def test_an_unmeasured_host_is_as_fast_as_its_pool_or_else_as_the_median() -> No
 def test_old_launches_are_forgotten_and_late_reports_ignored() -> None:
     meter = SpeedMeter(window_s=10)
     slow, then = launched(MIXED, TRUE, 5.0), launched(MIXED, TRUE)
-    both = LaunchSums(*map(sum, zip(slow, then, strict=True)))
+    both = slow.plus(then)
     meter.observe(A, "pool", 0, LaunchSums())
     meter.observe(A, "pool", 1, slow)
     meter.observe(A, "pool", 20, slow)

@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from expertmesh.cli import main
 from expertmesh.cli.trace_report import sparkline
 from expertmesh.trace.format import TraceHeader, TraceReader, encode_header
 
 SMALL = ("--layers", 2, "--experts", 16, "--top-k", 2, "--windows", 12, "--window", 60)
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `expertmesh trace ...`: its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["expertmesh", "trace", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-def test_a_made_trace_is_a_trace(command, tmp_path: Path) -> None:
+def test_a_made_trace_is_a_trace(trace_command, tmp_path: Path) -> None:
     path = tmp_path / "x.trace"
-    assert command("make", "bursts", "-o", path, *SMALL)[0] == 0
+    assert trace_command("make", "bursts", "-o", path, *SMALL)[0] == 0
     reader = TraceReader(path)
     assert reader.header.num_experts == (16, 16)
     assert len(list(reader)) == 24
 
 
-def test_simulate_compares_the_strategies(command, tmp_path: Path) -> None:
+def test_simulate_compares_the_strategies(trace_command, tmp_path: Path) -> None:
     path = tmp_path / "x.trace"
-    command("make", "drift", "-o", path, *SMALL)
-    code, out, _ = command("simulate", path, "--hosts", 4, "--slow", 0.5)
+    trace_command("make", "drift", "-o", path, *SMALL)
+    code, out, _ = trace_command("simulate", path, "--hosts", 4, "--slow", 0.5)
     assert code == 0
     for name in ("static", "once", "ours"):
         assert any(line.startswith(name) and "▁" <= line[-1] <= "█" for line in out.splitlines())
-    code, out, _ = command("simulate", path, "--hosts", 4, "--json")
+    code, out, _ = trace_command("simulate", path, "--hosts", 4, "--json")
     result = json.loads(out)
     assert (code, result["windows"], result["hosts"]) == (0, 12, 4)
     assert len(result["series"]["ours"]["imbalance"]) == 12
@@ -66,11 +50,11 @@ def test_simulate_compares_the_strategies(command, tmp_path: Path) -> None:
         (("record", "-o", "{}/y", "--seconds", 0), "seconds: 0"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(command, tmp_path: Path, arguments: tuple, message: str) -> None:
+def test_mistakes_are_one_line_and_exit_code_2(trace_command, tmp_path: Path, arguments: tuple, message: str) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("hello, world")
     (tmp_path / "no-load").write_bytes(encode_header(TraceHeader(model="m", num_experts=(4,), top_k=1, content="rows")))
-    code, out, err = command(*(str(argument).format(tmp_path) for argument in arguments))
+    code, out, err = trace_command(*(str(argument).format(tmp_path) for argument in arguments))
     assert code == 2
     assert out == ""
     assert len(err.strip().splitlines()) == 1
