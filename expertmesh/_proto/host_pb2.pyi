@@ -142,8 +142,92 @@ class LoadRequest(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ..., w_in: _Optional[_Union[TensorRecipe, _Mapping]] = ..., w_out: _Optional[_Union[TensorRecipe, _Mapping]] = ..., b_in: _Optional[_Union[TensorRecipe, _Mapping]] = ..., b_out: _Optional[_Union[TensorRecipe, _Mapping]] = ...) -> None: ...
 
 class LoadReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: ReplicaDigest
+    def __init__(self, digest: _Optional[_Union[ReplicaDigest, _Mapping]] = ...) -> None: ...
+
+class ReplicaDigest(_message.Message):
+    __slots__ = ("weights", "answer")
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    weights: bytes
+    answer: bytes
+    def __init__(self, weights: _Optional[bytes] = ..., answer: _Optional[bytes] = ...) -> None: ...
+
+class VerifyRequest(_message.Message):
+    __slots__ = ("layer", "index")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    index: int
+    def __init__(self, layer: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class VerifyReply(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: ReplicaDigest
+    def __init__(self, digest: _Optional[_Union[ReplicaDigest, _Mapping]] = ...) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("kind", "share", "factor", "seconds")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UNSPECIFIED: _ClassVar[Fault.Kind]
+        SLOW: _ClassVar[Fault.Kind]
+        DROP_REQUEST: _ClassVar[Fault.Kind]
+        DROP_REPLY: _ClassVar[Fault.Kind]
+        DUPLICATE_REPLY: _ClassVar[Fault.Kind]
+        CORRUPT: _ClassVar[Fault.Kind]
+        NOT_FINITE: _ClassVar[Fault.Kind]
+        FAIL_LOAD: _ClassVar[Fault.Kind]
+        SILENCE: _ClassVar[Fault.Kind]
+        PAUSE: _ClassVar[Fault.Kind]
+        KILL: _ClassVar[Fault.Kind]
+        KILL_NODE: _ClassVar[Fault.Kind]
+    UNSPECIFIED: Fault.Kind
+    SLOW: Fault.Kind
+    DROP_REQUEST: Fault.Kind
+    DROP_REPLY: Fault.Kind
+    DUPLICATE_REPLY: Fault.Kind
+    CORRUPT: Fault.Kind
+    NOT_FINITE: Fault.Kind
+    FAIL_LOAD: Fault.Kind
+    SILENCE: Fault.Kind
+    PAUSE: Fault.Kind
+    KILL: Fault.Kind
+    KILL_NODE: Fault.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    kind: Fault.Kind
+    share: float
+    factor: float
+    seconds: float
+    def __init__(self, kind: _Optional[_Union[Fault.Kind, str]] = ..., share: _Optional[float] = ..., factor: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class InjectRequest(_message.Message):
+    __slots__ = ("faults", "seed")
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    faults: _containers.RepeatedCompositeFieldContainer[Fault]
+    seed: int
+    def __init__(self, faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class InjectReply(_message.Message):
+    __slots__ = ("fired",)
+    FIRED_FIELD_NUMBER: _ClassVar[int]
+    fired: _containers.RepeatedCompositeFieldContainer[Fired]
+    def __init__(self, fired: _Optional[_Iterable[_Union[Fired, _Mapping]]] = ...) -> None: ...
+
+class Fired(_message.Message):
+    __slots__ = ("kind", "times")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    kind: Fault.Kind
+    times: int
+    def __init__(self, kind: _Optional[_Union[Fault.Kind, str]] = ..., times: _Optional[int] = ...) -> None: ...
 
 class DropRequest(_message.Message):
     __slots__ = ("layer", "index", "not_after_s")

@@ -59,6 +59,16 @@ class HostStub(object):
                 request_serializer=host__pb2.StatisticsRequest.SerializeToString,
                 response_deserializer=host__pb2.StatisticsReply.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/expertmesh.host.v1.Host/Verify',
+                request_serializer=host__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=host__pb2.VerifyReply.FromString,
+                _registered_method=True)
+        self.Inject = channel.unary_unary(
+                '/expertmesh.host.v1.Host/Inject',
+                request_serializer=host__pb2.InjectRequest.SerializeToString,
+                response_deserializer=host__pb2.InjectReply.FromString,
+                _registered_method=True)
 
 
 class HostServicer(object):
@@ -81,8 +91,8 @@ class HostServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Reads one expert into a free slot and makes it ready. Idempotent. DATA_LOSS when the checkpoint has not got it
-        whole; RESOURCE_EXHAUSTED when no slot is free.
+        """Reads one expert into a free slot, tests it against a computation of another kind, and makes it ready. Idempotent.
+        DATA_LOSS when the checkpoint has not got it whole, or the test fails; RESOURCE_EXHAUSTED when no slot is free.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +107,21 @@ class HostServicer(object):
 
     def Statistics(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Computes the known rows with a replica again. NOT_FOUND when the host does not hold it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inject(self, request, context):
+        """Makes the host misbehave, as a fault would: the faults given replace those before. PERMISSION_DENIED unless the host
+        was started to be tested so.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -128,6 +153,16 @@ def add_HostServicer_to_server(servicer, server):
                     servicer.Statistics,
                     request_deserializer=host__pb2.StatisticsRequest.FromString,
                     response_serializer=host__pb2.StatisticsReply.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=host__pb2.VerifyRequest.FromString,
+                    response_serializer=host__pb2.VerifyReply.SerializeToString,
+            ),
+            'Inject': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inject,
+                    request_deserializer=host__pb2.InjectRequest.FromString,
+                    response_serializer=host__pb2.InjectReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +300,60 @@ class Host(object):
             '/expertmesh.host.v1.Host/Statistics',
             host__pb2.StatisticsRequest.SerializeToString,
             host__pb2.StatisticsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.host.v1.Host/Verify',
+            host__pb2.VerifyRequest.SerializeToString,
+            host__pb2.VerifyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.host.v1.Host/Inject',
+            host__pb2.InjectRequest.SerializeToString,
+            host__pb2.InjectReply.FromString,
             options,
             channel_credentials,
             insecure,
