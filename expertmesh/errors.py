@@ -19,6 +19,13 @@ class ExpertMeshError(Exception):
         return _restore, (type(self), self.args, self.__dict__)
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """What others wrote, as a part of a message: short, on one line, with nothing that steers a terminal."""
+    text = " ".join(text.split())
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _restore(kind: type[ExpertMeshError], args: tuple[Any, ...], fields: dict[str, Any]) -> ExpertMeshError:
     """Rebuild an error without its constructor, whose signature is for those who raise it."""
     error = kind.__new__(kind)
@@ -71,17 +78,31 @@ class NoControllerError(ExpertMeshError):
     """The mesh's: its controller is starting or away. Requests are served without it; ask it again later (HTTP 503)."""
 
 
+class RouterGoneError(ExpertMeshError):
+    """The router's: it ended, or fell silent, while it had a request. What it said stands; another router can go on."""
+
+
+class NoRouterError(ExpertMeshError):
+    """The mesh's: no router answered in time. Retry after `retry_after_s` (HTTP 503)."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class ReplicaUnavailableError(ExpertMeshError):
     """The network's, or a dead host's: the rows were not answered. Send them to another replica."""
 
-    def __init__(self, host: HostId, cause: str) -> None:
+    def __init__(self, host: HostId, cause: str, *, is_alive: bool = False) -> None:
+        """`is_alive`: the host said so itself, and is well."""
         super().__init__(f"host {host} is unavailable: {cause}")
         self.host = host
         self.cause = cause
+        self.is_alive = is_alive
 
 
 class ReplicaFailedError(ExpertMeshError):
-    """The host's: it got the rows and refused them or failed to compute them. Do not send it the same rows again."""
+    """The host's: it got the rows and refused them, or failed to compute them. Send them to another one."""
 
     def __init__(self, host: HostId, cause: str) -> None:
         super().__init__(f"host {host} failed: {cause}")
@@ -95,6 +116,11 @@ class NoReadyReplicaError(ExpertMeshError):
     def __init__(self, expert: ExpertId, cause: str = "") -> None:
         super().__init__(f"no host can serve expert {expert} now" + (f" ({cause})" if cause else ""))
         self.expert = expert
+
+
+class NotFiniteError(ExpertMeshError):
+    """The model's: it computed NaN or infinity for this request, so there is no next token. Nothing of it was sent, and
+    requests computed with it go on (HTTP 500)."""
 
 
 class DeadlineExceededError(ExpertMeshError):

@@ -8,18 +8,24 @@ loaded and ready.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertmesh.ids import ExpertId, HostId
+from expertmesh.errors import ProtocolError
+from expertmesh.ids import MAX_EXPERTS, MAX_LAYERS, ExpertId, HostId
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
+
+
+_MOST_RESTRICTED = 4096
+"""Tables of a placement that are kept for hosts that are away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +103,38 @@ class Placement:
         """How long each of `hosts` takes."""
         return tuple(host.time_model for host in self.hosts)
 
-    def without(self, hosts: Collection[HostId]) -> Placement:
-        """The same placement and epoch as if `hosts` held nothing."""
-        replicas = {
-            expert: tuple(host for host in holders if host not in hosts) for expert, holders in self.replicas.items()
-        }
-        return Placement(epoch=self.epoch, hosts=self.hosts, num_experts=self.num_experts, replicas=replicas)
+    def table(
+        self, layer: int, failed: frozenset[HostId] = frozenset(), avoided: frozenset[HostId] = frozenset()
+    ) -> LayerTable:
+        """A layer's table as if hosts in `failed` held nothing, and those in `avoided` nothing that others hold too."""
+        if not self.hosts or (not failed and not avoided):
+            return self.layers[layer]
+        key = (layer, failed, avoided)
+        table = self._restricted.get(key)
+        if table is None:
+            if len(self._restricted) >= _MOST_RESTRICTED:
+                self._restricted.clear()
+            table = self._restricted[key] = self._restrict(self.layers[layer], failed, avoided)
+        return table
+
+    @cached_property
+    def _restricted(self) -> dict[tuple[int, frozenset[HostId], frozenset[HostId]], LayerTable]:
+        """Tables made before: while a host is away, every exchange asks for the same ones."""
+        return {}
+
+    def _restrict(self, table: LayerTable, failed: frozenset[HostId], avoided: frozenset[HostId]) -> LayerTable:
+        num_experts, most = table.host_EM.shape
+        is_failed_H = np.array([host.id in failed for host in self.hosts])
+        is_avoided_H = np.array([host.id in avoided for host in self.hosts])
+        left_EM = (np.arange(most) < table.num_replicas_E[:, None]) & ~is_failed_H[table.host_EM]
+        liked_EM = left_EM & ~is_avoided_H[table.host_EM]
+        left_EM = np.where(liked_EM.any(axis=1, keepdims=True), liked_EM, left_EM)
+        order_EM = np.argsort(~left_EM, axis=1, kind="stable")
+        host_EM = np.take_along_axis(np.where(left_EM, table.host_EM, 0), order_EM, axis=1)
+        counts = left_EM.sum(axis=1)
+        host_EM = np.ascontiguousarray(host_EM[:, : max(1, int(counts.max(initial=0)))])
+        keys = host_EM * num_experts + np.arange(num_experts)[:, None]
+        return LayerTable(counts, host_EM, keys.astype(table.key_EM.dtype), bool(counts.all()))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values: hosts with their address and their [layer, expert] pairs."""
@@ -124,19 +156,62 @@ class Placement:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Placement:
-        """The inverse of `to_json` (replicas come in the order of hosts)."""
+        """The inverse of `to_json` (replicas come in the order of hosts). Raises ProtocolError for anything else."""
+        try:
+            placement = Placement._from_json(value)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ProtocolError(f"no placement: {type(error).__name__}: {str(error)[:100]!r}") from error
+        placement._check()
+        return placement
+
+    def _check(self) -> None:
+        """Raise ProtocolError for what `to_json` cannot have made."""
+        if len(self.num_experts) > MAX_LAYERS or not all(0 < number <= MAX_EXPERTS for number in self.num_experts):
+            raise ProtocolError(f"num_experts: at most {MAX_LAYERS} layers, of 1 to {MAX_EXPERTS} experts each")
+        if len({host.id for host in self.hosts}) != len(self.hosts):
+            raise ProtocolError("hosts: each must have an id of its own")
+        for expert, holders in self.replicas.items():
+            if not (0 <= expert.layer < len(self.num_experts) and 0 <= expert.index < self.num_experts[expert.layer]):
+                raise ProtocolError(f"experts: {expert} is not among those of num_experts")
+            if len(set(holders)) != len(holders):
+                raise ProtocolError(f"experts: {holders[0]} holds {expert} more than once")
+
+    @staticmethod
+    def _from_json(value: Mapping[str, Any]) -> Placement:
         hosts = tuple(
             HostInfo(
-                id=HostId(host["id"]),
-                address=host["address"],
-                socket=host["socket"],
-                time_model=TimeModel(**host["time_model"]),
+                id=HostId(_text(host["id"])),
+                address=_text(host["address"]),
+                socket=_text(host["socket"]),
+                time_model=TimeModel(**{name: _seconds(host["time_model"][name]) for name in _TIMES}),
             )
             for host in value["hosts"]
         )
         replicas: dict[ExpertId, tuple[HostId, ...]] = {}
         for host in value["hosts"]:
             for layer, index in host["experts"]:
-                expert = ExpertId(layer, index)
+                expert = ExpertId(_integer(layer), _integer(index))
                 replicas[expert] = (*replicas.get(expert, ()), HostId(host["id"]))
-        return Placement(epoch=value["epoch"], hosts=hosts, num_experts=tuple(value["num_experts"]), replicas=replicas)
+        num_experts = tuple(_integer(number) for number in value["num_experts"])
+        return Placement(epoch=_integer(value["epoch"]), hosts=hosts, num_experts=num_experts, replicas=replicas)
+
+
+_TIMES = ("launch_s", "row_s", "expert_s")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is none")
+    return value
+
+
+def _integer(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError("an integer is none")
+    return value
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise TypeError("a time is none")
+    return float(value)

@@ -20,6 +20,7 @@ from expertmesh.moe.split import split_rows
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from expertmesh.ids import HostId
     from expertmesh.placement import HostInfo, Placement
 
 
@@ -41,14 +42,22 @@ class HostPart:
 
 
 def make_dispatch_plan(
-    placement: Placement, layer: int, expert_P: NDArray[np.int64], num_choices: int, pairs: NDArray[np.int64]
+    placement: Placement,
+    layer: int,
+    expert_P: NDArray[np.int64],
+    num_choices: int,
+    pairs: NDArray[np.int64],
+    *,
+    failed: frozenset[HostId] = frozenset(),
+    avoided: frozenset[HostId] = frozenset(),
 ) -> list[HostPart]:
     """Plan where `pairs` (indices into `expert_P`, the chosen expert of every pair, in any order) are computed.
 
-    An expert's pairs go to its replicas in contiguous runs, as long as `split_rows` says. `num_choices` is K. Raises
-    NoReadyReplicaError when a wanted expert has no replica.
+    An expert's pairs go to its replicas in contiguous runs, as long as `split_rows` says. `num_choices` is K. Nothing
+    goes to hosts in `failed`, and to those in `avoided` only what no other holds. Raises NoReadyReplicaError when a
+    wanted expert has no replica.
     """
-    table = placement.layers[layer]
+    table = placement.table(layer, failed, avoided)
     num_experts = len(table.num_replicas_E)
     expert = expert_P[pairs]
     if not table.is_complete and not (replicas := table.num_replicas_E[expert]).all():

@@ -1,22 +1,28 @@
 """The exchange: one scatter and gather of one layer, and the only retry loop of the token plane.
 
 Owns the current placement and the transport. Its promise: every pair's result row comes back exactly once, computed
-by *some* ready replica, or the exchange raises; a missing expert is never silently dropped.
+by *some* ready replica, or the exchange raises; a missing expert is never silently dropped, and a row that is late,
+lost, or not finite is asked of another replica. Which one answers makes no difference to the answer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+import random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from expertmesh.clock import SYSTEM_CLOCK
-from expertmesh.errors import DeadlineExceededError, NoReadyReplicaError, ReplicaFailedError
+from expertmesh.errors import DeadlineExceededError, NoReadyReplicaError, ReplicaFailedError, ReplicaUnavailableError
 from expertmesh.kernels.spec import DTYPES
-from expertmesh.moe.dispatch import HostPart, make_dispatch_plan
-from expertmesh.transport import LayerReply, LayerRequest
+from expertmesh.moe.asides import Asides
+from expertmesh.moe.checks import Checks
+from expertmesh.moe.dispatch import make_dispatch_plan
+from expertmesh.moe.finite import not_finite
+from expertmesh.moe.health import Health
+from expertmesh.moe.run import NEVER, Attempt, ExchangeCounts, ExchangeLimits, Run, Todo
+from expertmesh.transport import LayerReply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,60 +30,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from expertmesh.clock import Clock
+    from expertmesh.doubt import Doubt
     from expertmesh.ids import HostId
+    from expertmesh.moe.asides import Then
+    from expertmesh.moe.dispatch import HostPart
+    from expertmesh.moe.health import HealthOptions
     from expertmesh.placement import Placement
     from expertmesh.transport import Transport
 
+__all__ = ["Exchange", "ExchangeCounts", "ExchangeLimits"]
 
 _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExchangeLimits:
-    """How long an exchange may take."""
-
-    timeout_s: float = 60.0
-    """For the whole exchange, waiting for a replica included."""
-    attempt_timeout_s: float = 20.0
-    """For one host's answer; after it, the rows go to another replica."""
-    retry_s: float = 0.1
-    """When no replica is left to ask: how long to wait for a new placement before asking all of them again."""
-
-
-class _Todo(NamedTuple):
-    """Pairs that nobody is computing at the moment."""
-
-    pairs: NDArray[np.int64]
-    failed: frozenset[HostId]
-    """Hosts that have failed them."""
-
-
-class _Attempt(NamedTuple):
-    """A part that a host was asked for."""
-
-    part: HostPart
-    failed: frozenset[HostId]
-    """Hosts that have failed its pairs before."""
-    deadline: float
-
-    def again(self) -> _Todo:
-        """Its pairs, for any host but this one and those before."""
-        return _Todo(self.part.pairs, self.failed | {self.part.host.id})
-
-
-@dataclass(slots=True)
-class _Run:
-    """One exchange under way. T tokens, P pairs, B bytes per row."""
-
-    layer: int
-    dtype: str
-    num_choices: int
-    expert_P: NDArray[np.int64]
-    x_TB: NDArray[np.uint8]
-    y_PB: NDArray[np.uint8]
-    todo: list[_Todo]
-    attempts: dict[int, _Attempt] = field(default_factory=dict)
-    """By the ticket of the request."""
 
 
 class Exchange:
@@ -89,17 +52,35 @@ class Exchange:
         placement: Placement,
         limits: ExchangeLimits | None = None,
         clock: Clock = SYSTEM_CLOCK,
+        health: HealthOptions | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         self._limits = limits or ExchangeLimits()
         self._transport = transport
         self._clock = clock
         self._placement = placement
+        self._health = Health(health)
+        self._asides = Asides(transport)
+        self._hedges = self._limits.hedges_saved
+        self._met: Placement | None = None
+        self.counts = ExchangeCounts()
+        rng = rng or random.Random(0)  # which rows are computed twice is no secret
+        self._checks = Checks(transport, self._asides, self._health, self._limits, self.counts, clock, rng)
         self.observe: Callable[[int, NDArray[np.int64]], None] | None = None
         """Called with (layer, index_TK) of every exchange, where somebody wants to know what the gates choose."""
 
     @property
     def placement(self) -> Placement:
         return self._placement
+
+    @property
+    def avoided(self) -> frozenset[HostId]:
+        """The hosts that are not trusted now: they get only rows that no other can compute."""
+        return self._health.avoided
+
+    def on_doubt(self, tell: Callable[[Doubt], object]) -> None:
+        """Have `tell` called with every doubt about a replica, on the thread that runs the exchange."""
+        self._checks.on_doubt = tell
 
     def update(self, placement: Placement) -> None:
         """Use `placement` from the next dispatch plan on, unless a newer one is known already."""
@@ -121,93 +102,182 @@ class Exchange:
             self.observe(layer, index_TK.numpy())
         x = x_TH.contiguous()
         x_TB = x.view(torch.uint8).numpy()
-        run = _Run(
+        run = Run(
             layer=layer,
             dtype=_DTYPE_NAMES[x.dtype],
             num_choices=num_choices,
             expert_P=index_TK.reshape(-1).numpy(),
             x_TB=x_TB,
             y_PB=np.empty((num_pairs, x_TB.shape[1]), np.uint8),
-            todo=[_Todo(np.arange(num_pairs), frozenset())],
+            todo=[Todo(np.arange(num_pairs))],
+            num_left=num_pairs,
         )
         try:
             self._deliver(run)
         finally:
             for ticket in run.attempts:
                 self._transport.forget(ticket)
+            if self._asides:
+                self._asides.run_ended(self._clock.monotonic())
         return torch.from_numpy(run.y_PB).view(x.dtype).view(num_tokens, num_choices, -1)
 
-    def _deliver(self, run: _Run) -> None:
+    def _deliver(self, run: Run) -> None:
         """Send what is to do, take what comes, until every pair has its row."""
-        deadline = self._clock.monotonic() + self._limits.timeout_s
+        now = self._clock.monotonic()
+        deadline = now + self._limits.timeout_s
+        self._meet_hosts()
+        if self._health.avoided:
+            self._checks.probe(run, self._placement, now)
         while True:
-            placement = self._placement
-            self._send(run, placement)
-            if not run.attempts and not run.todo:
-                return
-            now = self._clock.monotonic()
+            epoch = self._placement.epoch
+            self._send(run, now)
             if now >= deadline:
                 raise DeadlineExceededError(
                     f"the experts of layer {run.layer} did not answer within {self._limits.timeout_s:g} s",
                     deadline_s=self._limits.timeout_s,
                 )
-            until = min([deadline, *(attempt.deadline for attempt in run.attempts.values())])
-            if run.todo:
-                until = min(until, now + self._limits.retry_s)
-            answers = self._transport.receive(until - now)
+            answers = self._transport.receive(min(deadline, run.next_look_at, run.retry_at) - now)
+            now = self._clock.monotonic()
             for ticket, outcome in answers:
-                self._take(run, run.attempts.pop(ticket), outcome)
-            if not answers:
+                attempt = run.attempts.pop(ticket, None)
+                if attempt is None:
+                    self._asides.take(ticket, outcome, now)
+                else:
+                    self._take(run, attempt, outcome, now)
+            if not run.num_left:
+                self._set_aside_overtaken(run, now)
+                return
+            if now >= run.next_look_at:
+                self._look_after_late(run, now)
+            if now >= run.retry_at or (run.waiting and self._placement.epoch != epoch):
                 # Either a new placement helps those that found no replica, or a host that failed them does after all:
                 # its link may have broken for a moment only.
-                run.todo = [_Todo(todo.pairs, frozenset()) for todo in run.todo]
-                self._give_up_late(run)
+                run.todo += [Todo(todo.pairs) for todo in run.waiting]
+                run.waiting, run.retry_at = [], NEVER
 
-    def _send(self, run: _Run, placement: Placement) -> None:
-        """Plan what is to do and send it. What has no replica now stays to do."""
-        waiting, run.todo = run.todo, []
-        for todo in waiting:
-            usable = placement.without(todo.failed) if todo.failed else placement
+    def _meet_hosts(self) -> None:
+        """Forget what is known of hosts that a newer placement has no more."""
+        if self._met is not self._placement:
+            self._met = self._placement
+            self._health.keep_only({host.id for host in self._met.hosts})
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def _send(self, run: Run, now: float) -> None:
+        """Plan what is to do and send it. What has no replica now waits."""
+        while run.todo:
+            todo = run.todo.pop()
             try:
-                parts = make_dispatch_plan(usable, run.layer, run.expert_P, run.num_choices, todo.pairs)
+                parts = self._plan(run, self._placement, todo)
             except NoReadyReplicaError:
-                run.todo.append(todo)
-                continue
-            deadline = self._clock.monotonic() + self._limits.attempt_timeout_s
-            for part in parts:
-                ticket = self._transport.send(part.host, _request(run, part))
-                run.attempts[ticket] = _Attempt(part, todo.failed, deadline)
+                if todo.error is not None:
+                    raise todo.error from None
+                run.waiting.append(todo)
+                run.retry_at = min(run.retry_at, now + self._limits.retry_s)
+            else:
+                self._send_parts(run, parts, todo.failed, now)
 
-    def _take(self, run: _Run, attempt: _Attempt, outcome: object) -> None:
+    def _plan(self, run: Run, placement: Placement, todo: Todo) -> list[HostPart]:
+        return make_dispatch_plan(
+            placement,
+            run.layer,
+            run.expert_P,
+            run.num_choices,
+            todo.pairs,
+            failed=todo.failed,
+            avoided=self._health.avoided,
+        )
+
+    def _send_parts(self, run: Run, parts: list[HostPart], failed: frozenset[HostId], now: float) -> None:
+        limits = self._limits
+        for part in parts:
+            ticket = self._transport.send(part.host, run.request(part))
+            late_s = self._health.late_after_s(part.host.id, len(part.pairs))
+            enough_s = max(limits.attempt_least_s, limits.attempt_factor * late_s)
+            deadline = now + run.patience * min(limits.attempt_timeout_s, enough_s)
+            run.attempts[ticket] = Attempt(part, failed, now, now + late_s, deadline)
+            run.next_look_at = min(run.next_look_at, now + late_s, deadline)
+        self.counts.requests += len(parts)
+        self._hedges = min(self._limits.hedges_saved, self._hedges + self._limits.hedge_share * len(parts))
+
+    # --- receiving ---------------------------------------------------------------------------------------------------
+
+    def _take(self, run: Run, attempt: Attempt, outcome: object, now: float) -> None:
         """Keep a host's rows, or have its pairs sent elsewhere."""
-        if isinstance(outcome, LayerReply):
-            run.y_PB[attempt.part.pairs] = outcome.rows
-        elif isinstance(outcome, ReplicaFailedError):
-            raise outcome
+        host = attempt.part.host.id
+        if not isinstance(outcome, LayerReply):
+            self.counts.sent_again += 1
+            if not (isinstance(outcome, ReplicaUnavailableError) and outcome.is_alive):
+                self._health.broke(host, now)
+            run.do_again(attempt, outcome if isinstance(outcome, ReplicaFailedError) else None)
+            return
+        pairs, rows = attempt.part.pairs, outcome.rows
+        self._health.answered(host, len(pairs), now - attempt.sent_at, now)
+        if (is_bad_P := not_finite(rows, run.dtype)) is not None:
+            again_P = self._checks.to_do_again(run, attempt, is_bad_P, now)
+            if again_P.any():
+                run.todo.append(Todo(pairs[again_P], attempt.failed_with_it))
+                pairs, rows = pairs[~again_P], rows[~again_P]
         else:
-            run.todo.append(attempt.again())
+            self._checks.maybe_ask_twice(run, self._placement, attempt, rows, now)
+        run.keep(pairs, rows)
+        if run.done_P is not None:
+            self._set_aside_overtaken(run, now)
 
-    def _give_up_late(self, run: _Run) -> None:
-        """Take the pairs away from hosts that have had their time."""
-        now = self._clock.monotonic()
+    # --- the late ----------------------------------------------------------------------------------------------------
+
+    def _look_after_late(self, run: Run, now: float) -> None:
+        """Have pairs whose host is late computed by another as well, and ask again where a host has had its time."""
+        run.next_look_at = NEVER
         for ticket, attempt in list(run.attempts.items()):
             if now >= attempt.deadline:
-                self._transport.forget(ticket)
+                self.counts.sent_again += 1
+                self._health.missed(attempt.part.host.id, now)
+                run.patience *= 2
+                run.watch_pairs()
+                run.attempts[ticket] = attempt._replace(late_at=NEVER, deadline=NEVER)
+                run.do_again(attempt)
+            elif now >= attempt.late_at:
+                run.attempts[ticket] = attempt._replace(late_at=NEVER)
+                self._hedge(run, attempt, now)
+            run.next_look_at = min(run.next_look_at, run.attempts[ticket].late_at, run.attempts[ticket].deadline)
+
+    def _hedge(self, run: Run, attempt: Attempt, now: float) -> None:
+        """Ask others for what they can compute of an attempt, if there is budget."""
+        placement, failed = self._placement, attempt.failed_with_it
+        pairs = attempt.part.pairs
+        has_other_E = placement.table(run.layer, failed).num_replicas_E > 0
+        pairs = pairs[has_other_E[run.expert_P[pairs]]]
+        if self._hedges < 1 or not len(pairs):
+            return
+        run.watch_pairs()
+        parts = self._plan(run, placement, Todo(pairs, failed))
+        self._hedges -= 1
+        self.counts.hedges += len(parts)
+        self._send_parts(run, parts, failed, now)
+
+    def _set_aside_overtaken(self, run: Run, now: float) -> None:
+        """Wait no longer for those whose pairs others have computed."""
+        if run.done_P is None:
+            return
+        for ticket, attempt in list(run.attempts.items()):
+            if run.done_P[attempt.part.pairs].all():
                 del run.attempts[ticket]
-                run.todo.append(attempt.again())
+                if attempt.late_at == NEVER:
+                    self.counts.overtaken += 1
+                    self._health.missed(attempt.part.host.id, now)
+                learn = self._learn(attempt.part.host.id, len(attempt.part.pairs))
+                self._asides.watch(ticket, attempt.sent_at, self._limits.attempt_timeout_s, learn)
+
+    def _learn(self, host: HostId, num_pairs: int) -> Then:
+        """What to do when one that was overtaken answers after all."""
+
+        def learn(reply: LayerReply | None, took_s: float) -> None:
+            if reply is not None:
+                self._health.answered(host, num_pairs, took_s, self._clock.monotonic())
+
+        return learn
 
     def close(self) -> None:
         """Break the connections. Idempotent; not while `run` runs."""
         self._transport.close()
-
-
-def _request(run: _Run, part: HostPart) -> LayerRequest:
-    all_rows = len(part.tokens) == len(run.x_TB)
-    return LayerRequest(
-        layer=run.layer,
-        dtype=run.dtype,
-        rows=run.x_TB if all_rows else run.x_TB[part.tokens],
-        pair_rows=part.pair_rows,
-        experts=part.experts,
-        counts=part.counts,
-    )

@@ -39,7 +39,7 @@ class LocalTransport:
         try:
             return target.compute([target.prepare(request)])[0]
         except NotHeldError as error:
-            return ReplicaUnavailableError(host.id, str(error))
+            return ReplicaUnavailableError(host.id, str(error), is_alive=True)
 
     def receive(self, timeout_s: float) -> list[Answer]:
         if not self._answers:

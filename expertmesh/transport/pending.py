@@ -44,7 +44,7 @@ class Pending:
     ) -> LayerReply | ReplicaUnavailableError | ReplicaFailedError:
         if message.HasField("error"):
             if message.error.code == pb.Error.NOT_READY:
-                return ReplicaUnavailableError(self._host, message.error.message)
+                return ReplicaUnavailableError(self._host, message.error.message, is_alive=True)
             return ReplicaFailedError(self._host, message.error.message)
         try:
             return codec.decode_reply(message, rows, len(request.pair_rows), request.rows.shape[1])

@@ -102,10 +102,14 @@ def test_an_expert_without_a_replica_is_named() -> None:
     assert caught.value.expert == ExpertId(1, 2)
 
 
-def test_a_placement_without_a_host_keeps_its_epoch_and_loses_its_replicas() -> None:
+def test_a_table_leaves_out_hosts_that_failed_and_avoided_ones_where_others_hold_the_expert() -> None:
     hosts = tuple(HostInfo(id=HostId(name), address=name) for name in "ab")
     replicas = {ExpertId(0, 0): (hosts[0].id, hosts[1].id), ExpertId(0, 1): (hosts[0].id,)}
     placement = Placement(epoch=7, hosts=hosts, num_experts=(2,), replicas=replicas)
-    rest = placement.without({hosts[0].id})
-    assert rest.epoch == 7
-    assert rest.layers[0].num_replicas_E.tolist() == [1, 0]
+    a, b = (host.id for host in hosts)
+    assert placement.table(0, failed=frozenset({a})).num_replicas_E.tolist() == [1, 0]
+    assert placement.table(0, failed=frozenset({a})).host_EM.tolist() == [[1], [0]]
+    assert placement.table(0, avoided=frozenset({a})).num_replicas_E.tolist() == [1, 1]
+    assert placement.table(0, avoided=frozenset({a})).host_EM.tolist() == [[1], [0]]
+    assert placement.table(0, avoided=frozenset({a, b})).num_replicas_E.tolist() == [2, 1]
+    assert placement.table(0, frozenset({a}), frozenset({b})).host_EM.tolist() == [[1], [0]]
