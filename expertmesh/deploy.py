@@ -16,6 +16,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import ray
 from ray import serve
 from ray._private.authentication import authentication_token_setup
@@ -28,12 +29,17 @@ from expertmesh.config import MeshConfig, parse_config
 from expertmesh.config_file import ServeFile
 from expertmesh.control.ray_cluster import end_hosts
 from expertmesh.errors import ConfigError
+from expertmesh.exposure import exposures
 from expertmesh.serve.deployments import CONTROLLER
+from expertmesh.tls import read_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 0.2
+_HEALTH_TRIES = 150
 _BUSY = {ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING}
 
 
@@ -70,6 +76,10 @@ def deployed(file: ServeFile, *, port: int | None = None, report: Callable[[Prog
     cluster = ray._private.services.canonicalize_bootstrap_address(None)
     if cluster is None:
         _check_port(*listen)
+    if (tls := file.mesh.network.tls_files) is not None:
+        read_identity(tls)
+    for exposure in exposures(file.mesh, listen[0]):
+        logger.warning(exposure)
     report(Progress(phase="starting Ray" if cluster is None else "joining Ray"))
     _start_ray(file.mesh) if cluster is None else _join_ray(cluster)
     try:
@@ -82,12 +92,16 @@ def deployed(file: ServeFile, *, port: int | None = None, report: Callable[[Prog
         serve.run_many([target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
         try:
             _wait_ready(file.app_name, report)
-            yield f"http://{address}{file.route_prefix.rstrip('/')}"
+            url = f"http://{address}{file.route_prefix.rstrip('/')}"
+            _wait_answering(url)
+            yield url
         finally:
             report(Progress(phase="stopping"))
             serve.delete(file.app_name)
             end_hosts(mesh)
     finally:
+        # Serve tells clusters apart by a job's number, and each begins with the same: it would take the next for this.
+        serve.context._set_global_client(None)
         ray.shutdown()
 
 
@@ -162,6 +176,17 @@ def _wait_ready(app_name: str, report: Callable[[Progress], None]) -> None:
         elif status is not None:
             report(Progress(phase="loading the dense model"))
         pause.wait(_POLL_S)
+
+
+def _wait_answering(url: str) -> None:
+    """Serve says that the application runs a moment before its proxy listens or knows the way."""
+    pause = threading.Event()
+    for _ in range(_HEALTH_TRIES):
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=5.0).status_code == httpx.codes.OK:
+                return
+        pause.wait(_POLL_S)
+    raise ConfigError(f"the mesh runs, but {url}/health does not answer; does a proxy or firewall stand before it?")
 
 
 def _controller_status(app_name: str) -> dict[str, Any] | None:
