@@ -16,7 +16,7 @@ COLORS = ("#b8b8b8", "#e0a458", "#2a7f9e", "#7c5295")
 
 def draw_balance(report: dict[str, Any], path: Path) -> None:
     """Of `bench balance`: the slowest host's time over the ideal, a group of bars for each case, and the bounds."""
-    figure = _figure(9, 4.2)
+    figure = new_figure(9, 4.2)
     axes = figure.subplots()
     cases = report["cases"]
     sides = [name for name in cases[0]["mean"] if not name.startswith("bound")]
@@ -34,12 +34,12 @@ def draw_balance(report: dict[str, Any], path: Path) -> None:
         "The load has drifted since the plan; the black line no split of our placement can beat", fontsize=10
     )
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_shift(report: dict[str, Any], path: Path) -> None:
     """Of `bench elastic`: the imbalance of the hosts over time, from the shift of topic on."""
-    figure = _figure(8, 3.2)
+    figure = new_figure(8, 3.2)
     axes = figure.subplots()
     timeline = report["shift"]["timeline"]
     at_s = [entry["at_s"] for entry in timeline]
@@ -49,10 +49,28 @@ def draw_shift(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("seconds since the topic of all requests changed")
     axes.set_ylabel("slowest host over mean")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def draw_simulation(report: dict[str, Any], path: Path) -> None:
+    """Of `trace simulate`: the slowest host's time over the ideal for each strategy, and what ours moved, over time."""
+    figure = new_figure(9, 4.2)
+    over, under = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    series = report["series"]
+    at_min = [start_s / 60 for start_s in series["start_s"]]
+    for i, strategy in enumerate(report["strategies"]):
+        over.plot(at_min, series[strategy]["imbalance"], color=COLORS[i % len(COLORS)], linewidth=1, label=strategy)
+    over.set_ylim(bottom=1.0)
+    over.set_ylabel("slowest host's\ntime over the ideal")
+    over.legend(frameon=False, ncols=3)
+    under.bar(at_min, series["ours"]["moves"], width=report["window_s"] / 60, color=COLORS[2])
+    under.set_ylabel("replicas\nmoved by ours")
+    under.set_xlabel("minutes of the trace")
+    save(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, in inches. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -60,7 +78,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write it. Raises ConfigError when that cannot be."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     try:

@@ -125,12 +125,13 @@ def simulate(
     copy_mb_s: Annotated[float, typer.Option(help="How fast a host loads replicas.")] = 1000.0,
     sample_layers: Annotated[int, typer.Option(help="Layers judged in each window, in turn.")] = 8,
     seed: Annotated[int, typer.Option(help="For the exchanges that are drawn.")] = 0,
+    picture: Annotated[Path | None, typer.Option(help="Draw it into this file, .svg or .png.")] = None,
 ) -> None:
     """Run the production planner over a trace, on hosts that are only modelled, and compare it with standing still.
 
     Example:
 
-        expertmesh trace simulate drift.trace --hosts 32 --slow 0.5
+        expertmesh trace simulate drift.trace --hosts 32 --slow 0.5 --picture drift.svg
     """
     from expertmesh.placement import TimeModel
     from expertmesh.trace.fleet import inventory_hosts, model_fleet
@@ -156,6 +157,10 @@ def simulate(
         fleet = model_fleet(reader.header, hosts, slots, model, slow)
     with _progress("simulating", None) as step:
         result = run(reader.header, reader, fleet, options, SYSTEM_CLOCK, lambda _: step())
+    if picture is not None:
+        from expertmesh.bench.picture import draw_simulation
+
+        draw_simulation(result, picture)
     if as_json:
         stdout.print_json(json.dumps(result))
         return
