@@ -6,20 +6,30 @@ whatever is wrong is a ProtocolError that names the field.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertmesh._proto import host_pb2 as pb
 from expertmesh.checkpoint.recipe import ExpertRecipe, TensorRecipe, TensorSource
-from expertmesh.errors import ProtocolError
+from expertmesh.checkpoint.source import is_within
+from expertmesh.errors import ConfigError, ProtocolError
+from expertmesh.fault import Fault, FaultKind
 from expertmesh.hosts.configuration import HostConfiguration
+from expertmesh.ids import MAX_EXPERTS, MAX_LAYERS
+from expertmesh.kernels.activation import ACTIVATIONS, POINTWISE
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec
 from expertmesh.transport import LayerReply, LayerRequest
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
 _TO_DTYPE = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT16}
 _FROM_DTYPE = {number: name for name, number in _TO_DTYPE.items()}
+_TO_KIND: dict[FaultKind, pb.Fault.Kind] = {kind: getattr(pb.Fault, kind.name) for kind in FaultKind}
+_FROM_KIND = {number: kind for kind, number in _TO_KIND.items()}
 
 
 Buffer = bytes | NDArray[np.uint8]
@@ -103,6 +113,8 @@ def decode_reply(message: pb.ExchangeReply, row_data: Buffer, num_pairs: int, ro
     """Check a host's answer against what it was asked. Raises ProtocolError."""
     if len(row_data) != num_pairs * row_bytes:
         raise ProtocolError(f"answered {len(row_data)} bytes: {num_pairs} pairs take {num_pairs * row_bytes}")
+    if not 0 <= message.compute_s < math.inf:
+        raise ProtocolError(f"answered that it took {message.compute_s} seconds")
     rows = np.frombuffer(row_data, dtype=np.uint8).reshape(num_pairs, row_bytes)
     return LayerReply(rows, message.compute_s)
 
@@ -123,6 +135,9 @@ def encode_spec(spec: ExpertSpec) -> pb.ExpertSpec:
 def decode_spec(message: pb.ExpertSpec) -> ExpertSpec:
     if message.hidden == 0 or message.intermediate == 0 or message.dtype not in _FROM_DTYPE:
         raise ProtocolError(f"spec: hidden and intermediate must be above 0, and dtype one of {', '.join(DTYPES)}")
+    if message.activation not in (ACTIVATIONS if message.gated else POINTWISE):
+        kind = "gated" if message.gated else "ungated"
+        raise ProtocolError(f"spec: there is no activation {message.activation[:40]!r} for {kind} experts here")
     return ExpertSpec(
         hidden=message.hidden,
         intermediate=message.intermediate,
@@ -145,8 +160,11 @@ def encode_configuration(configuration: HostConfiguration) -> pb.ConfigureReques
 def decode_configuration(message: pb.ConfigureRequest) -> HostConfiguration:
     if len(message.layer_specs) != len(message.layer_experts) or not message.layer_specs:
         raise ProtocolError("layer_specs and layer_experts: one entry for each MoE layer, and one layer at least")
-    if max(message.layer_specs) >= len(message.specs):
-        raise ProtocolError(f"layer_specs: each must be below {len(message.specs)}, the number of specs")
+    fewest, most = min(message.layer_experts), max(message.layer_experts)
+    if len(message.layer_experts) > MAX_LAYERS or fewest == 0 or most > MAX_EXPERTS:
+        raise ProtocolError(f"layer_experts: at most {MAX_LAYERS} layers, of 1 to {MAX_EXPERTS} experts each")
+    if set(message.layer_specs) != set(range(len(message.specs))):
+        raise ProtocolError(f"layer_specs: each must be below {len(message.specs)}, the number of specs, and all used")
     return HostConfiguration(
         checkpoint=message.checkpoint,
         specs=tuple(decode_spec(spec) for spec in message.specs),
@@ -175,6 +193,43 @@ def decode_recipe(message: pb.LoadRequest) -> ExpertRecipe:
     )
 
 
+def encode_faults(faults: Iterable[Fault], seed: int) -> pb.InjectRequest:
+    return pb.InjectRequest(
+        faults=[
+            pb.Fault(kind=_TO_KIND[fault.kind], share=fault.share, factor=fault.factor, seconds=fault.seconds)
+            for fault in faults
+        ],
+        seed=seed,
+    )
+
+
+def decode_faults(message: pb.InjectRequest) -> list[Fault]:
+    """The faults of an order. Raises ProtocolError."""
+    try:
+        return [
+            Fault(
+                kind=_FROM_KIND[fault.kind],
+                share=fault.share,
+                factor=fault.factor,
+                seconds=fault.seconds,
+            )
+            for fault in message.faults
+        ]
+    except KeyError as error:
+        raise ProtocolError(f"faults: there is no kind {error}") from error
+    except ConfigError as error:
+        raise ProtocolError(f"faults: {error}") from error
+
+
+def encode_fired(fired: Mapping[FaultKind, int]) -> pb.InjectReply:
+    return pb.InjectReply(fired=[pb.Fired(kind=_TO_KIND[kind], times=times) for kind, times in fired.items()])
+
+
+def decode_fired(message: pb.InjectReply) -> dict[str, int]:
+    """Per kind that ever fired, how often."""
+    return {_FROM_KIND[of.kind].value: of.times for of in message.fired}
+
+
 def _encode_tensor(recipe: TensorRecipe) -> pb.TensorRecipe:
     sources = [pb.TensorSource(file=source.file, name=source.name, index=source.index) for source in recipe.sources]
     return pb.TensorRecipe(sources=sources, transpose=recipe.transpose, deinterleave=recipe.deinterleave)
@@ -185,6 +240,6 @@ def _decode_tensor(message: pb.TensorRecipe) -> TensorRecipe:
         TensorSource(file=source.file, name=source.name, index=source.index if source.HasField("index") else None)
         for source in message.sources
     )
-    if not sources or any(".." in source.file or source.file.startswith("/") for source in sources):
+    if not sources or not all(is_within(source.file) for source in sources):
         raise ProtocolError("recipe: every tensor needs a source, in a file inside the checkpoint folder")
     return TensorRecipe(sources=sources, transpose=message.transpose, deinterleave=message.deinterleave)

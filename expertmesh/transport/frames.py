@@ -7,6 +7,7 @@ straight on the socket: at these sizes a stream abstraction would cost more than
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 from collections import deque
@@ -24,6 +25,8 @@ _LENGTHS = struct.Struct("<II")
 _NOTHING = memoryview(b"")
 _DISCARDED, _DISCARDED_AT_ONCE = 2**24, 2**16
 """Bytes that a refused peer may still send before it is cut off."""
+_PIECES = 512
+"""Handed to the system at once, which takes 1,024 at most."""
 
 
 class FrameSocket:
@@ -37,19 +40,24 @@ class FrameSocket:
         on_end: Callable[[str], None],
         *,
         max_bytes: int,
+        max_unsent: int | None = None,
     ) -> None:
         """`on_message` gets each message's header and body. `on_end` is told once why the connection ended; messages
-        above `max_bytes` end it."""
+        above `max_bytes` end it. While more than `max_unsent` bytes wait for the peer to read them, nothing is read
+        from it: for those who answer what they read. (Of two who both did that, each could wait for the other.)"""
         self._loop = loop
         self._socket = connection
         self._on_message = on_message
         self._on_end = on_end
         self.max_bytes = max_bytes
+        self._max_unsent = max_unsent
         self._lengths = bytearray(_LENGTHS.size)
         self._header_bytes = 0
         self._message: NDArray[np.uint8] | None = None  # whose lengths have been read
         self._target = memoryview(self._lengths)  # what is still to be read of the lengths or of the message
         self._unsent: deque[memoryview] = deque()
+        self._num_unsent = 0  # bytes
+        self._paused = False
         self._to_discard = _DISCARDED
         self._closed = False
         loop.add_reader(connection.fileno(), self._readable)
@@ -71,18 +79,29 @@ class FrameSocket:
             if pieces:
                 self._loop.add_writer(self._socket.fileno(), self._writable)
         self._unsent.extend(pieces)
+        self._num_unsent += sum(map(len, pieces))
+        if self._max_unsent is not None and self._num_unsent > self._max_unsent and not self._paused:
+            self._paused = True
+            self._loop.remove_reader(self._socket.fileno())
 
     def _writable(self) -> None:
         try:
-            sent = self._socket.sendmsg(self._unsent)
+            sent = self._socket.sendmsg(list(itertools.islice(self._unsent, _PIECES)))
         except BlockingIOError:
             return
         except OSError as error:
             self._end(str(error))
             return
-        self._unsent = deque(_after(self._unsent, sent))
+        self._num_unsent -= sent
+        while self._unsent and sent >= len(self._unsent[0]):
+            sent -= len(self._unsent.popleft())
+        if sent:
+            self._unsent[0] = self._unsent[0][sent:]
         if not self._unsent:
             self._loop.remove_writer(self._socket.fileno())
+        if self._paused and not self._unsent:
+            self._paused = False
+            self._loop.add_reader(self._socket.fileno(), self._readable)
 
     def refuse(self, header: bytes) -> None:
         """Send a last message and hang up; what still comes is thrown away."""
@@ -151,7 +170,7 @@ class FrameSocket:
             self._socket.close()
 
 
-def _after(pieces: list[memoryview] | deque[memoryview], sent: int) -> list[memoryview]:
+def _after(pieces: list[memoryview], sent: int) -> list[memoryview]:
     """What of `pieces` is left when `sent` bytes of them are gone."""
     left = []
     for piece in pieces:

@@ -10,21 +10,26 @@ import grpc
 from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostStub
 from expertmesh.errors import CheckpointError, ConfigError, OutOfSlotsError, ProtocolError, ReplicaUnavailableError
+from expertmesh.hosts.digest import ReplicaDigest
 from expertmesh.hosts.statistics import HostStatistics, LaunchSums
 from expertmesh.ids import ExpertId
+from expertmesh.tls import live_identity
 from expertmesh.transport import codec
-from expertmesh.transport.grpc_link import CHANNEL_OPTIONS, credentials
+from expertmesh.transport.grpc_link import credentials, open_channel
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Mapping, Sequence
 
     from expertmesh.checkpoint.recipe import ExpertRecipe
+    from expertmesh.fault import Fault
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.placement import HostInfo
+    from expertmesh.tls import TlsFiles
 
 T = TypeVar("T")
 
 _CONTROL_TIMEOUT_S = 30.0
+_INJECT_TIMEOUT_S = 5.0
 _LOAD_TIMEOUT_S = 600.0
 
 
@@ -35,11 +40,20 @@ class GrpcHostControl:
     answered with otherwise.
     """
 
-    def __init__(self, host: HostInfo, token: str) -> None:
+    def __init__(self, host: HostInfo, token: str, *, tls: TlsFiles | None = None) -> None:
         self._host = host
         self._token = token
-        self._channel = grpc.aio.insecure_channel(host.address, options=CHANNEL_OPTIONS)
-        self._stub = HostStub(self._channel)
+        self._tls = tls
+        self._identity = None if tls is None else live_identity(tls).current()
+        self._channels = [open_channel(host, tls)]
+
+    @property
+    def _stub(self) -> HostStub:
+        """Over a channel of the certificate that is in use now: one that has expired connects no more."""
+        if self._tls is not None and self._identity is not (current := live_identity(self._tls).current()):
+            self._identity = current
+            self._channels.append(open_channel(self._host, self._tls))
+        return HostStub(self._channels[-1])
 
     async def configure(self, configuration: HostConfiguration) -> tuple[int, ...]:
         """Prepare it for a model: its slots per spec."""
@@ -48,15 +62,27 @@ class GrpcHostControl:
         )
         return tuple(reply.slots)
 
-    async def load(self, expert: ExpertId, recipe: ExpertRecipe) -> None:
-        """Read an expert into a slot. Raises CheckpointError or OutOfSlotsError. Idempotent."""
+    async def load(self, expert: ExpertId, recipe: ExpertRecipe) -> ReplicaDigest:
+        """Read an expert into a slot and test it. Raises CheckpointError or OutOfSlotsError. Idempotent."""
         message = codec.encode_recipe(expert.layer, expert.index, recipe)
-        await self._ask(self._stub.Load(message, **self._options(_LOAD_TIMEOUT_S)))
+        reply = await self._ask(self._stub.Load(message, **self._options(_LOAD_TIMEOUT_S)))
+        return ReplicaDigest(weights=reply.digest.weights, answer=reply.digest.answer)
+
+    async def verify(self, expert: ExpertId) -> ReplicaDigest:
+        """Have a replica compute the known rows again."""
+        message = pb.VerifyRequest(layer=expert.layer, index=expert.index)
+        reply = await self._ask(self._stub.Verify(message, **self._options(_CONTROL_TIMEOUT_S)))
+        return ReplicaDigest(weights=reply.digest.weights, answer=reply.digest.answer)
 
     async def drop(self, expert: ExpertId, *, not_after_s: float = 0.0) -> None:
         """Free an expert's slot, unless the host's clock is past `not_after_s`. Idempotent."""
         message = pb.DropRequest(layer=expert.layer, index=expert.index, not_after_s=not_after_s)
         await self._ask(self._stub.Drop(message, **self._options(_CONTROL_TIMEOUT_S)))
+
+    async def inject(self, faults: Sequence[Fault], seed: int) -> Mapping[str, int]:
+        """Have it misbehave from now on by these faults: per kind, how often it did so far. Raises ConfigError."""
+        message = codec.encode_faults(faults, seed)
+        return codec.decode_fired(await self._ask(self._stub.Inject(message, **self._options(_INJECT_TIMEOUT_S))))
 
     async def statistics(self) -> HostStatistics:
         """What it holds and has done."""
@@ -71,7 +97,8 @@ class GrpcHostControl:
         )
 
     async def close(self) -> None:
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     def _options(self, timeout_s: float) -> dict[str, Any]:
         # A host that is being started may not listen yet: wait for it, within the deadline.
@@ -95,6 +122,7 @@ class GrpcHostControl:
 _ERRORS: dict[grpc.StatusCode, type[ConfigError | CheckpointError | OutOfSlotsError | ProtocolError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: ProtocolError,
     grpc.StatusCode.FAILED_PRECONDITION: ConfigError,
+    grpc.StatusCode.PERMISSION_DENIED: ConfigError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OutOfSlotsError,
     grpc.StatusCode.DATA_LOSS: CheckpointError,
 }

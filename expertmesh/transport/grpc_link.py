@@ -1,4 +1,7 @@
-"""A link over gRPC: one bidirectional stream, held open, with many requests under way on it."""
+"""A link over gRPC: one bidirectional stream, held open, with many requests under way on it.
+
+Also how any gRPC connection to a host is made: its limits, its encryption (see `tls`), its token.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from expertmesh._proto.host_pb2_grpc import HostStub
+from expertmesh.tls import HOST_NAME, live_identity
 from expertmesh.transport import codec
 from expertmesh.transport.codec import MAX_MESSAGE_BYTES
 from expertmesh.transport.pending import Pending
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 
     from expertmesh._proto import host_pb2 as pb
     from expertmesh.placement import HostInfo
+    from expertmesh.tls import TlsFiles
     from expertmesh.transport import Answer, LayerRequest
 
 CHANNEL_OPTIONS = (
@@ -37,7 +42,14 @@ CHANNEL_OPTIONS = (
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Of one connection. A router has one stream open, a controller some orders under way.
     ("grpc.max_concurrent_streams", 1024),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
+    # Strangers may neither crowd out routers nor stay: they have so long to prove who they are, and to call.
+    ("grpc.max_allowed_incoming_connections", 1024),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 60_000),
     ("grpc.so_reuseport", 0),
     # Allow the pings that clients send by CHANNEL_OPTIONS.
     ("grpc.keepalive_permit_without_calls", 1),
@@ -50,22 +62,40 @@ def credentials(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
+def open_channel(host: HostInfo, tls: TlsFiles | None) -> grpc.aio.Channel:
+    """A connection to a host, encrypted and proven on both sides if there are `tls` files: as they are now."""
+    if tls is None:
+        return grpc.aio.insecure_channel(host.address, options=CHANNEL_OPTIONS)
+    own = live_identity(tls).current()
+    trust = grpc.ssl_channel_credentials(own.ca, own.key, own.certificate)
+    # gRPC means by the backoff also how long a connection may take to come about, which now includes a handshake.
+    options = dict(CHANNEL_OPTIONS) | {
+        "grpc.ssl_target_name_override": HOST_NAME,
+        "grpc.min_reconnect_backoff_ms": 2_000,
+    }
+    return grpc.aio.secure_channel(host.address, trust, options=tuple(options.items()))
+
+
 class GrpcLink:
     """One open stream. See `network.Link`."""
 
-    def __init__(self, host: HostInfo, token: str, deliver: Callable[[Answer], None]) -> None:
+    def __init__(
+        self, host: HostInfo, token: str, deliver: Callable[[Answer], None], tls: TlsFiles | None = None
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pending = Pending(host.id, deliver)
-        self._channel = grpc.aio.insecure_channel(host.address, options=CHANNEL_OPTIONS)
+        self._channel = open_channel(host, tls)
         self._call = HostStub(self._channel).Exchange(metadata=credentials(token))
         self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._writers: set[asyncio.Task[None]] = set()
         self._reader = self._loop.create_task(self._read(), name=f"read {host.id}")
 
     @staticmethod
-    async def connect(host: HostInfo, token: str, deliver: Callable[[Answer], None]) -> GrpcLink:
+    async def connect(
+        host: HostInfo, token: str, deliver: Callable[[Answer], None], tls: TlsFiles | None = None
+    ) -> GrpcLink:
         """Begin to connect; whether that succeeds is seen by the answers."""
-        return GrpcLink(host, token, deliver)
+        return GrpcLink(host, token, deliver, tls)
 
     @property
     def broken(self) -> str | None:
@@ -82,8 +112,11 @@ class GrpcLink:
     async def _write(self, message: pb.ExchangeRequest) -> None:
         try:
             async with self._writing:
+                await self._call.initial_metadata()  # the host has let us in, or has refused and ended the stream
                 await self._call.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        except asyncio.InvalidStateError:
+            pass  # the stream has ended: the reader comes to know why, and fails all who wait
+        except grpc.aio.AioRpcError as error:
             self._pending.fail(_cause(error))  # the reader may not have been told yet
 
     async def _read(self) -> None:

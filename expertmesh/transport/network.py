@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import uvloop
 
+from expertmesh.tls import live_identity
 from expertmesh.transport.grpc_link import GrpcLink
 from expertmesh.transport.socket_link import SocketLink
 
 if TYPE_CHECKING:
     from expertmesh.ids import HostId
     from expertmesh.placement import HostInfo
+    from expertmesh.tls import TlsFiles
     from expertmesh.transport import Answer, LayerRequest
 
 
@@ -38,8 +40,15 @@ class Link(Protocol):
 class NetworkTransport:
     """Links to hosts, opened when first needed and again after a break. See `transport.Transport`."""
 
-    def __init__(self, token: str, *, local_sockets: bool = True) -> None:
-        """`local_sockets` False goes over gRPC even to hosts of this machine."""
+    def __init__(self, token: str, *, local_sockets: bool = True, tls: TlsFiles | None = None) -> None:
+        """`local_sockets` False goes over gRPC even to hosts of this machine. `tls` is for gRPC: a local socket is the
+        kernel's, and nobody reads along.
+
+        Raises ConfigError when the `tls` files will not do.
+        """
+        if tls is not None:
+            live_identity(tls)  # better now than at the first request
+        self._tls = tls
         self._token = token
         self._local_sockets = local_sockets
         self._loop = uvloop.new_event_loop()
@@ -64,7 +73,7 @@ class NetworkTransport:
             link = SocketLink.connect(self._loop, host, self._token, self._deliver)
             if link is not None:
                 return link
-        return self._loop.run_until_complete(GrpcLink.connect(host, self._token, self._deliver))
+        return self._loop.run_until_complete(GrpcLink.connect(host, self._token, self._deliver, self._tls))
 
     def _deliver(self, answer: Answer) -> None:
         if answer.ticket in self._expected:

@@ -1,0 +1,32 @@
+"""What in a config lets strangers in: said once at the start, for it may be meant. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expertmesh.config import MeshConfig
+
+
+def exposures(mesh: MeshConfig, http_host: str) -> list[str]:
+    """One line for each. `http_host` is where the gateway listens."""
+    found = []
+    if mesh.network.listen == "node" and mesh.network.tls is None:
+        found.append(
+            "network: hosts listen to other machines, and what goes between them is not encrypted, the shared token "
+            "included; `expertmesh certs` makes what network.tls needs, or let the network be your own"
+        )
+    if not _is_loopback(http_host) and not mesh.gateway.api_keys:
+        found.append(
+            f"gateway: HTTP listens at {http_host}, and whoever reaches it may use the model; `expertmesh key NAME` "
+            "draws a key for gateway.api_keys"
+        )
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
