@@ -7,6 +7,10 @@ from typing import NamedTuple, NewType
 HostId = NewType("HostId", str)
 """Names one host process for its whole life; a host that is replaced gets a new id."""
 
+MAX_LAYERS, MAX_EXPERTS = 4096, 2**16
+"""MoE layers of a model, and experts of a layer: greater numbers are taken for a mistake, whoever sends them, before
+anything is allocated by them."""
+
 
 class ExpertId(NamedTuple):
     """One logical expert.

@@ -16,7 +16,8 @@ import transformers
 from transformers.models.auto.auto_factory import _get_model_class
 
 from expertmesh.checkpoint.source import stored_tensors
-from expertmesh.errors import CheckpointError, ConfigError
+from expertmesh.errors import CheckpointError, ConfigError, ExpertMeshError
+from expertmesh.ids import MAX_EXPERTS, MAX_LAYERS
 from expertmesh.kernels.spec import DTYPES
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def read_architecture(path: Path, *, dtype: str | None = None, auto_class: str |
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     with blame_checkpoint(f"read {path / 'config.json'}"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    _check_counts(path, config)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{path} is quantized, which is not supported: save it in bfloat16 first")
     own_dtype = str(config.dtype or config.get_text_config().dtype or _stored_dtype(path)).removeprefix("torch.")
@@ -75,6 +77,16 @@ def read_architecture(path: Path, *, dtype: str | None = None, auto_class: str |
     if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
     return Architecture(model_class=model_class, config=config, dtype=dtype or own_dtype)
+
+
+def _check_counts(path: Path, config: Any) -> None:
+    """Refuse a model of absurdly many parts, each of which would be built. (Their sizes cost nothing.)"""
+    for part in (config, config.get_text_config()):
+        counts = {"num_hidden_layers": getattr(part, "num_hidden_layers", None), **vars(part)}
+        for name, value in counts.items():
+            most = MAX_LAYERS if name.endswith("layers") else MAX_EXPERTS if "experts" in name else None
+            if most is not None and isinstance(value, int) and value > most:
+                raise CheckpointError(f"{path / 'config.json'}: {name} is above {most}")
 
 
 def _stored_dtype(path: Path) -> str:
@@ -104,6 +116,8 @@ def blame_checkpoint(attempt: str) -> Iterator[None]:
     """Turn what transformers raises for a checkpoint that it cannot use into one clear CheckpointError."""
     try:
         yield
-    except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except ExpertMeshError:
+        raise
+    except Exception as error:  # the library does not check a config: with a wrong one, anything may fail in it
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"transformers {transformers.__version__} cannot {attempt}: {cause}") from error

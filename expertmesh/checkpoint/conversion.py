@@ -72,6 +72,8 @@ def convert(
 def slice_stacked(tensor: Named) -> Stack:
     """The experts of one stored tensor [E, ...]."""
     name, stored = tensor
+    if not stored.shape or 0 in stored.shape:  # of an empty tensor, the number of experts could be anything
+        raise UnsupportedConversionError(f"as {name}, a tensor of shape {list(stored.shape)}")
     return tuple(
         TensorRecipe(sources=(TensorSource(file=stored.file, name=name, index=index),))
         for index in range(stored.shape[0])

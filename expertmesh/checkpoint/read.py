@@ -6,16 +6,17 @@ nothing of architectures. Invariant: what it returns has the spec's shapes and d
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from expertmesh.errors import CheckpointError
+from expertmesh.errors import CheckpointError, one_line
 from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -57,7 +58,8 @@ class ExpertReader:
         Raises CheckpointError, naming tensor and file, if one is missing, of another shape, of a dtype that is not a
         plain float, or holds a NaN or an infinity.
         """
-        assert spec.bias == (recipe.b_in is not None) == (recipe.b_out is not None)
+        if not spec.bias == (recipe.b_in is not None) == (recipe.b_out is not None):
+            raise CheckpointError(f"{self._name(recipe.w_in.sources[0])}: only one of recipe and spec has biases")
         b_in = b_out = None
         if recipe.b_in is not None and recipe.b_out is not None:
             b_in = self._build(recipe.b_in, (spec.rows_in,), spec.dtype)
@@ -70,25 +72,40 @@ class ExpertReader:
         )
 
     def _build(self, recipe: TensorRecipe, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        # Before anything is read: a recipe may name a tensor of any size, any number of times.
+        shapes = [self._shape(source)[:: -1 if recipe.transpose else 1] for source in recipe.sources]
+        fit = all(shapes) and len({of[1:] for of in shapes}) == 1
+        found = (sum(of[0] for of in shapes), *shapes[0][1:]) if fit else "none, as its parts do not fit together"
+        if found != shape:
+            raise CheckpointError(f"{self._name(recipe.sources[0])} makes a tensor of shape {found}, not {shape}")
         parts = [self._load(source, getattr(torch, dtype)) for source in recipe.sources]
         if recipe.transpose:
             parts = [part.T for part in parts]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if recipe.deinterleave:
             tensor = torch.cat((tensor[0::2], tensor[1::2]))
-        if tensor.shape != shape:
-            found = tuple(tensor.shape)
-            raise CheckpointError(f"{self._name(recipe.sources[0])} makes a tensor of shape {found}, not {shape}")
         return tensor.contiguous()
 
-    def _load(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
+    def _shape(self, source: TensorSource) -> tuple[int, ...]:
+        with self._blamed(source):
+            shape = tuple(self._open(source.file).get_slice(source.name).get_shape())
+            if source.index is not None and not (shape and source.index < shape[0]):
+                raise IndexError(f"its shape is {list(shape)}")
+        return shape if source.index is None else shape[1:]
+
+    @contextmanager
+    def _blamed(self, source: TensorSource) -> Iterator[None]:
         try:
+            yield
+        except (SafetensorError, OSError, IndexError) as error:
+            raise CheckpointError(f"cannot read {self._name(source)}: {one_line(str(error))}") from error
+
+    def _load(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
+        with self._blamed(source):
             file = self._open(source.file)
             tensor: torch.Tensor = (
                 file.get_tensor(source.name) if source.index is None else file.get_slice(source.name)[source.index]
             )
-        except (SafetensorError, OSError, IndexError) as error:
-            raise CheckpointError(f"cannot read {self._name(source)}: {error}") from error
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{self._name(source)} is stored as {tensor.dtype}: quantized experts have no recipe")
         cast = tensor.to(dtype)
@@ -104,4 +121,4 @@ class ExpertReader:
 
     def _name(self, source: TensorSource) -> str:
         expert = "" if source.index is None else f"[{source.index}]"
-        return f"tensor {source.name}{expert} of {self._root / source.file}"
+        return f"tensor {one_line(source.name)}{expert} of {self._root / source.file}"

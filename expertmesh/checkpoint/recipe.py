@@ -50,6 +50,12 @@ class ExpertRecipe:
     b_in: TensorRecipe | None = None
     b_out: TensorRecipe | None = None
 
+    @property
+    def files(self) -> list[str]:
+        """All that it reads, relative to the checkpoint folder."""
+        tensors = [tensor for tensor in (self.w_in, self.w_out, self.b_in, self.b_out) if tensor is not None]
+        return sorted({source.file for tensor in tensors for source in tensor.sources})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointIndex:

@@ -101,9 +101,10 @@ def _read(path: Path, model: type[_Model]) -> _Model:
 def _read_placement(path: Path) -> dict[ExpertId, tuple[HostId, ...]]:
     """From a file with a placement alone, or with all that a plan puts out."""
     try:
-        is_whole = "placement" in json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    is_whole = isinstance(value, dict) and "placement" in value
     held = _read(path, PlanFile).placement if is_whole else _read(path, PlacementFile)
     replicas: dict[ExpertId, tuple[HostId, ...]] = {}
     for host, experts in held.root.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from expertmesh.client import authorization
 from expertmesh.errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def record(
     url = f"{address.rstrip('/')}/mesh/trace"
     timeout = httpx.Timeout(10.0, read=seconds + SILENCE_S)
     try:
-        with httpx.stream("GET", url, params={"seconds": seconds}, timeout=timeout) as answer:
+        headers = authorization(address)
+        with httpx.stream("GET", url, params={"seconds": seconds}, headers=headers, timeout=timeout) as answer:
             if answer.is_error:
                 raise ConfigError(f"address: {url} answers {answer.status_code} {answer.reason_phrase}")
             _save(answer, path, decoder, report)

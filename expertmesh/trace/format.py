@@ -23,12 +23,14 @@ import hashlib
 import math
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from reprlib import repr as shown  # of bounded length and depth
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import msgpack
 import numpy as np
 
 from expertmesh.errors import TraceError
+from expertmesh.ids import MAX_EXPERTS, MAX_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -38,10 +40,13 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION, TIME_UNIT = "expertmesh-trace", 1, "s"
 MAX_RECORD_BYTES = 2**24
-MAX_LAYERS, MAX_EXPERTS = 4096, 2**16
+_MAX_ITEM_BYTES = MAX_RECORD_BYTES + 2**16
+_MAX_CONTAINERS = 256
+"""Lists and maps in one object: a byte of the file can be a list, which takes many in memory."""
 _CHUNK_BYTES = 2**16
 
 Content = Literal["choices", "rows"]
+_Container = TypeVar("_Container")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +125,10 @@ class TraceDecoder:
         """Exchanges that the trace says it has not got."""
         self._fed = 0
         self._whole = 0  # the unpacker's own count runs ahead, into an object that is not there in full
+        self._containers = 0  # of the object that is being read
         self._unpacker = msgpack.Unpacker(
+            list_hook=self._contain,
+            object_hook=self._contain,
             max_buffer_size=2 * MAX_RECORD_BYTES,
             max_bin_len=MAX_RECORD_BYTES,
             max_str_len=4096,
@@ -140,12 +148,15 @@ class TraceDecoder:
             self._unpacker.feed(data)
             self._fed += len(data)
             for item in self._unpacker:
+                self._containers = 0
                 self._whole = int(self._unpacker.tell())
                 if self.header is None:
                     self.header = self._header(item)
                 elif (record := self._record(self.header, item)) is not None:
                     self.num_records += 1
                     yield record
+            if self.num_bytes_left > _MAX_ITEM_BYTES:
+                raise self._error(f"a record of more than {MAX_RECORD_BYTES:,} bytes")
         except (ValueError, msgpack.UnpackException) as error:
             raise self._error(str(error) or type(error).__name__) from error
 
@@ -154,6 +165,12 @@ class TraceDecoder:
         if self.header is None:
             raise TraceError(f"{self.name}: " + ("it ends within its header" if self._fed else "it is empty"))
         return self.header
+
+    def _contain(self, container: _Container) -> _Container:
+        self._containers += 1
+        if self._containers > _MAX_CONTAINERS:
+            raise ValueError(f"an object of more than {_MAX_CONTAINERS} lists and maps")
+        return container
 
     def _error(self, problem: str) -> TraceError:
         if self.header is None:
@@ -165,10 +182,11 @@ class TraceDecoder:
         if not isinstance(item, dict) or item.get("format") != FORMAT:
             raise self._error(f'it does not begin with a header of format "{FORMAT}"')
         if item.get("version") != VERSION:
-            raise TraceError(f"{self.name}: a trace of version {item.get('version')!r}; this reads version {VERSION}")
+            version = shown(item.get("version"))
+            raise TraceError(f"{self.name}: a trace of version {version}; this reads version {VERSION}")
         try:
             if item["time_unit"] != TIME_UNIT:
-                raise self._error(f"time_unit: {item['time_unit']!r} is not {TIME_UNIT!r}")
+                raise self._error(f"time_unit: {shown(item['time_unit'])} is not {TIME_UNIT!r}")
             num_experts = tuple(_integer(count, 1, MAX_EXPERTS) for count in _list(item["num_experts"]))
             top_k = _integer(item["top_k"], 1, min(num_experts, default=0))
             content, origin = item["content"], item["origin"]
@@ -191,12 +209,12 @@ class TraceDecoder:
             raise self._error("something else than a record")
         time_s, layer, data = item
         if not isinstance(time_s, float) or not math.isfinite(time_s) or time_s < 0:
-            raise self._error(f"a record at the time {time_s!r}")
+            raise self._error(f"a record at the time {shown(time_s)}")
         if layer is None:
             self.num_dropped += _integer(data, 1, 2**63)
             return None
         if type(layer) is not int or not 0 <= layer < len(header.num_experts) or not isinstance(data, bytes):
-            raise self._error(f"a record of the layer {layer!r}")
+            raise self._error(f"a record of the layer {shown(layer)}")
         num_experts = header.num_experts[layer]
         if header.content == "rows":
             return Record(time_s=time_s, layer=layer, rows_E=self._rows(data, num_experts), index_TK=None)
@@ -256,7 +274,7 @@ def _index_dtype(num_experts: int) -> np.dtype[Any]:
 
 def _integer(value: object, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"count {value!r}")
+        raise ValueError(f"count {shown(value)}")
     return value
 
 

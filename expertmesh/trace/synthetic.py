@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from expertmesh.errors import ConfigError
-from expertmesh.trace.format import MAX_EXPERTS, MAX_LAYERS, TraceHeader, encode_header, encode_rows
+from expertmesh.ids import MAX_EXPERTS, MAX_LAYERS
+from expertmesh.trace.format import TraceHeader, encode_header, encode_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -72,7 +72,7 @@ def fleet_for(inventory: Sequence[HostSupply], num_experts: int, options: PlanOp
     if replicas > 1:
         apart = (i for i, of in enumerate(domains) if _holds(slots, of, num_experts, replicas, replicas - 1))
         span = next(apart, None)
-    for landing in range(options.landing_slots, -1, -1):
+    for landing in range(min(options.landing_slots, max(slots, default=0)), -1, -1):
         usable = [max(0, n - landing) for n in slots]
         of, most = (range(len(hosts)), replicas) if span is None else (domains[span], replicas - 1)
         if _holds(usable, of, num_experts, replicas, most):
