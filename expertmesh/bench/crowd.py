@@ -32,6 +32,10 @@ class Answer:
     times_s: list[float] = field(default_factory=list)
     """When each token came; those of one message came together."""
     error: str | None = None
+    status: int | None = None
+    """HTTP's; None if there was none."""
+    retry_after: str | None = None
+    ended_s: float = 0.0
 
     @property
     def gaps_s(self) -> list[tuple[float, float]]:
@@ -48,13 +52,20 @@ class Crowd:
     """
 
     def __init__(
-        self, url: str, prompts: Sequence[str], *, clients: int, tokens: int, period_s: float | None = None
+        self,
+        url: str,
+        prompts: Sequence[str],
+        *,
+        clients: int,
+        tokens: int,
+        period_s: float | None = None,
+        model: str = "tiny",
     ) -> None:
         self.answers: list[Answer] = []
         """All of them, errors included, once the context is left."""
         context = multiprocessing.get_context("spawn")
         self._orders, theirs = context.Pipe()
-        arguments = (theirs, _Asking(url, list(prompts), clients, tokens, period_s))
+        arguments = (theirs, _Asking(url, list(prompts), clients, tokens, period_s, model))
         self._process = context.Process(target=_run, args=arguments, name="crowd")
 
     def ask_for(self, prompts: Sequence[str]) -> None:
@@ -82,6 +93,7 @@ class _Asking:
     clients: int
     tokens: int
     period_s: float | None
+    model: str
     is_leaving: bool = False
 
 
@@ -110,7 +122,8 @@ async def _ask_all(asking: _Asking) -> list[Answer]:
             if asking.is_leaving:
                 return
             prompts = asking.prompts
-            answers.append(await ask(http, prompts[(number + turn) % len(prompts)], asking.tokens))
+            prompt = prompts[(number + turn) % len(prompts)]
+            answers.append(await ask(http, prompt, asking.tokens, model=asking.model))
 
     limits = httpx.Limits(max_connections=asking.clients)
     async with httpx.AsyncClient(base_url=asking.url, timeout=120, limits=limits) as http:
@@ -118,40 +131,47 @@ async def _ask_all(asking: _Asking) -> list[Answer]:
     return answers
 
 
-async def ask(http: httpx.AsyncClient, prompt: str, tokens: int) -> Answer:
+async def ask(http: httpx.AsyncClient, prompt: str, tokens: int, *, model: str = "tiny") -> Answer:
     """One greedy completion."""
     answer = Answer(prompt, time.perf_counter())
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    await _listen(http, answer, tokens, model)
+    answer.ended_s = time.perf_counter()
+    return answer
+
+
+async def _listen(http: httpx.AsyncClient, answer: Answer, tokens: int, model: str) -> None:
+    prompt = answer.prompt
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     body |= {"ignore_eos": True, "return_token_ids": True}
     try:
         async with http.stream("POST", "/v1/completions", json=body) as response:
+            answer.status, answer.retry_after = response.status_code, response.headers.get("retry-after")
             if response.status_code != 200:
                 answer.error = f"{response.status_code}: {(await response.aread()).decode()[:200]}"
-                return answer
+                return
             async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:
                     answer.error = str(chunk["error"])
-                    return answer
+                    return
                 ids = [i for choice in chunk["choices"] for i in choice.get("token_ids") or ()]
                 answer.token_ids += ids
                 answer.times_s += [time.perf_counter()] * len(ids)
     except httpx.HTTPError as error:
         answer.error = f"{type(error).__name__}: {error}"
-        return answer
+        return
     if len(answer.token_ids) != tokens:
         answer.error = f"{len(answer.token_ids)} tokens came instead of {tokens}"
-    return answer
 
 
-def undisturbed(url: str, prompts: Sequence[str], tokens: int) -> dict[str, list[int]]:
+def undisturbed(url: str, prompts: Sequence[str], tokens: int, *, model: str = "tiny") -> dict[str, list[int]]:
     """The right answer to each prompt, asked for one by one."""
 
     async def ask_each() -> dict[str, list[int]]:
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
-            answers = [await ask(http, prompt, tokens) for prompt in prompts]
+            answers = [await ask(http, prompt, tokens, model=model) for prompt in prompts]
         assert all(answer.error is None for answer in answers), answers
         return {answer.prompt: answer.token_ids for answer in answers}
 

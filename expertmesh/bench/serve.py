@@ -153,7 +153,7 @@ def percentiles(samples: list[float]) -> dict[str, float]:
 def footprint() -> Footprint:
     """Of every process of this user that runs a part of a mesh: hosts, routers, gateways, Ray's own."""
     processes, memory, threads, descriptors = 0, 0.0, 0, 0
-    for folder in _descendants(os.getpid()):
+    for folder in descendants(os.getpid()):
         try:
             lines = (folder / "status").read_text().splitlines()
             values = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -166,7 +166,7 @@ def footprint() -> Footprint:
     return Footprint(processes, memory, threads, descriptors)
 
 
-def _descendants(root: int) -> Iterable[Path]:
+def descendants(root: int) -> Iterable[Path]:
     """The /proc folders of all processes started by `root`, and by those."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():

@@ -84,6 +84,48 @@ def serve_bench(
 
 
 @app.command()
+def overload(
+    as_json: AsJson = False,
+    times: Annotated[float, typer.Option(min=1, help="What is offered, over the peak.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1, help="How long the peak is measured, and the overload.")] = 30,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request.")] = 64,
+    port: Annotated[int, typer.Option(help="For the mesh that is started.")] = 8125,
+) -> None:
+    """Offer a mesh three times the requests that it can answer: what it still answers, and how fast it refuses.
+
+    Example:
+
+        expertmesh bench overload --json
+    """
+    from expertmesh.bench.overload import run
+    from expertmesh.cli.console import steps_shown
+
+    with steps_shown() as show:
+        report = run(times=times, seconds=seconds, tokens=tokens, port=port, report=show)
+    if as_json:
+        _print_json(report)
+        return
+    accepted, refused = report["accepted"], report["refused"]
+    stdout.print(
+        f"Peak {report['peak_tokens_per_second']:,.0f} tokens/s. Offered {times:g} times as much, "
+        f"{report['offered_requests_per_second']:.1f} requests/s: {report['goodput_tokens_per_second']:,.0f} tokens/s "
+        f"({report['goodput_over_peak']:.0%}), {report['failed']} of {report['requests']} failed."
+    )
+    of, whole = accepted["time_to_first_token_ms"], accepted["whole_answer_ms"]
+    stdout.print(
+        f"{accepted['requests']} accepted: first token after {of['p50'] / 1e3:.1f} s (p99 {of['p99'] / 1e3:.1f} s), "
+        f"whole answer after {whole['p50'] / 1e3:.1f} s (p99 {whole['p99'] / 1e3:.1f} s)"
+    )
+    of, wait = refused["time_to_refuse_ms"], refused["retry_after_s"]
+    stdout.print(
+        f"{refused['requests']} refused, in {of['p50']:.0f} ms (p99 {of['p99']:.0f} ms), and told to come back after "
+        f"{wait['p50']:.0f} s; {refused['without_retry_after']} without being told"
+    )
+    for name, held in report["memory_mib"].items():
+        stdout.print(f"{name}: {held['at_peak']:.0f} MiB at the peak, at most {held['most_in_overload']:.0f} MiB then")
+
+
+@app.command()
 def elastic(
     as_json: AsJson = False,
     port: Annotated[int, typer.Option(help="For the meshes that are started.")] = 8124,

@@ -56,7 +56,8 @@ class GenerateRequest:
     """One sequence to continue.
 
     To resume a request elsewhere, put the tokens generated so far at the end of `prompt_ids` and their number in
-    `num_resumed`: positions, penalties and `max_tokens` then count as if nothing had happened.
+    `num_resumed`, and change nothing else: positions, noise, penalties, `min_tokens` and `max_tokens` (of the whole
+    answer, as before) then count as if nothing had happened.
     """
 
     request_id: str
@@ -114,7 +115,9 @@ class Engine(Protocol):
     def submit(self, request: GenerateRequest, on_event: Callable[[TokenEvent], object]) -> None:
         """Queue a request. `on_event` is called from the engine's thread; it must return at once and not raise.
 
-        Raises OverloadedError when the queue is full, InvalidRequestError when prompt plus max_tokens cannot fit.
+        One that is resumed goes ahead of those that wait, and is never refused for their number.
+        Raises OverloadedError when the queue is full, InvalidRequestError when prompt plus max_tokens cannot fit,
+        RouterGoneError when the engine has stopped.
         """
         ...
 
@@ -131,6 +134,10 @@ class Engine(Protocol):
     @property
     def healthy(self) -> bool:
         """Whether the engine's thread runs. Once False it stays so: make a new engine, or a new process."""
+        ...
+
+    def wait_end(self) -> None:
+        """Block until the engine's thread has ended, by `close` or by itself."""
         ...
 
     def close(self) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from expertmesh.engine.api import PromptLogprobs
 from expertmesh.engine.sampling import most_likely_logprobs
+from expertmesh.errors import NotFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +24,7 @@ _CHUNK = 256
 
 
 def score_prompt(model: Any, prompt_ids: tuple[int, ...], num_top: int) -> PromptLogprobs:
-    """Score `prompt_ids`, reporting at least the most likely token of each position."""
+    """Score `prompt_ids`, reporting at least the most likely token of each position. Raises NotFiniteError."""
     input_ids_1T = torch.tensor([prompt_ids], device=model.device)
     with _plain_attention(model):
         logits_TV = model(input_ids=input_ids_1T, use_cache=False).logits[0]
@@ -31,6 +33,8 @@ def score_prompt(model: Any, prompt_ids: tuple[int, ...], num_top: int) -> Promp
     for start in range(0, len(prompt_ids) - 1, _CHUNK):
         targets = prompt_ids[start + 1 : start + 1 + _CHUNK]
         logprobs_CV = torch.log_softmax(logits_TV[start : start + len(targets)].float(), dim=-1).cpu().numpy()
+        if np.isnan(logprobs_CV.max()):  # one that is not finite makes its whole row NaN
+            raise NotFiniteError("the model's logits are not finite; the prompt has no log-probabilities")
         for token_id, logprobs_V in zip(targets, logprobs_CV, strict=True):
             token_logprobs.append(float(logprobs_V[token_id]))
             top_logprobs.append(most_likely_logprobs(logprobs_V, max(1, num_top)))

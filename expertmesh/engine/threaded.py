@@ -20,7 +20,13 @@ from expertmesh.engine.api import FINISH_ERROR, EngineStatistics, GenerateReques
 from expertmesh.engine.batch import Batch, Generation
 from expertmesh.engine.sampling import Choice, SamplingState
 from expertmesh.engine.score import score_prompt
-from expertmesh.errors import ExpertMeshError, InvalidRequestError, OverloadedError
+from expertmesh.errors import (
+    ExpertMeshError,
+    InvalidRequestError,
+    NotFiniteError,
+    OverloadedError,
+    RouterGoneError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,10 +83,13 @@ class ThreadedEngine:
             if request.request_id in self._live:
                 raise InvalidRequestError(f"request {request.request_id} is already running", param="request_id")
             num_waiting = self._num_waiting()
-            if num_waiting >= self._config.max_queue:
+            if request.num_resumed:  # its client is reading already, so it goes first
+                self._queue.appendleft(generation)
+            elif num_waiting < self._config.max_queue:
+                self._queue.append(generation)
+            else:
                 raise OverloadedError(f"{num_waiting} requests are waiting (max_queue); retry later")
             self._live[request.request_id] = generation
-            self._queue.append(generation)
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -103,6 +112,8 @@ class ThreadedEngine:
         result: Future[PromptLogprobs] = Future()
         with self._lock:
             self._check_open()
+            if len(self._scores) >= self._config.max_queue:
+                raise OverloadedError(f"{len(self._scores)} prompts wait to be scored (max_queue); retry later")
             self._scores.append((prompt_ids, top_logprobs, result))
             self._changed.notify()
         return result.result()
@@ -122,6 +133,9 @@ class ThreadedEngine:
         with self._lock:
             return self._end is None
 
+    def wait_end(self) -> None:
+        self._thread.join()
+
     def close(self) -> None:
         with self._lock:
             self._is_closing = True
@@ -134,7 +148,7 @@ class ThreadedEngine:
 
     def _check_open(self) -> None:
         if self._end is not None or self._is_closing:
-            raise ExpertMeshError(f"the engine takes no more requests: {self._end or 'it is closing'}")
+            raise RouterGoneError(f"the engine takes no more requests: {self._end or 'it is closing'}")
 
     def _check(self, request: GenerateRequest) -> None:
         """Refuse what can never succeed, or would fail the step that it shares with others."""
@@ -224,7 +238,8 @@ class ThreadedEngine:
 
     def _accept(self, generation: Generation, choice: Choice | None) -> None:
         if choice is None:
-            self._fail(generation, "the model's logits are not finite")
+            error = NotFiniteError("the model's logits are not finite")
+            self._fail(generation, str(error), error)
             return
         event = generation.accept(choice)
         self._num_generated += 1
@@ -253,10 +268,11 @@ class ThreadedEngine:
         with self._lock:
             self._end = end
             self._queue.clear()
+            gone = RouterGoneError(f"the engine has stopped: {end}")
             for generation in list(self._live.values()):
-                self._deliver(generation, _error_event(generation, f"the engine has stopped: {end}"))
+                self._deliver(generation, _error_event(generation, str(gone), gone))
             for _, _, result in self._scores:
-                result.set_exception(ExpertMeshError(f"the engine has stopped: {end}"))
+                result.set_exception(gone)
             self._scores.clear()
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
 
 MeshView = Literal["hosts", "placement", "load", "decisions", "moves"]
-MeshOrder = Literal["scale", "auto", "drain", "rebalance"]
+MeshOrder = Literal["scale", "auto", "drain", "rebalance", "fault"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,10 @@ class ModelCard:
 class Limits:
     """What one HTTP request may cost the gateway before the token plane hears of it."""
 
+    max_header_bytes: int = 32 * 1024
     max_body_bytes: int = 16 * 1024 * 1024
+    body_timeout_s: float = 30.0
+    """For all of a body to come."""
     max_choices: int = 1024
     """Prompts times `n`."""
 
@@ -46,10 +49,11 @@ class Backend(Protocol):
     """The token plane as the gateway sees it. Its errors are those of `expertmesh.errors`."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
-        """Continue one sequence. Tokens that are ready together come in one list; the last event has a
-        `finish_reason`. `aclose` before that cancels the request.
+        """Continue one sequence. Tokens that are ready together come in one list, which is empty when all there is to
+        say is that work goes on; the last event has a `finish_reason`. `aclose` before that cancels the request.
 
-        Raises OverloadedError when too much is waiting, NoReadyReplicaError and DeadlineExceededError as the mesh does.
+        Raises OverloadedError when too much is waiting, NoReadyReplicaError and DeadlineExceededError as the mesh does;
+        RouterGoneError when who had the request ended, or cannot be reached.
         """
         ...
 

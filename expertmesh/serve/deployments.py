@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import threading
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from expertmesh.config import MeshConfig
-from expertmesh.errors import ConfigError, ExpertMeshError, NoControllerError
+from expertmesh.doubt import Doubt
+from expertmesh.errors import ConfigError, ExpertMeshError, NoControllerError, NoRouterError, RouterGoneError
+from expertmesh.fault import NOT_ALLOWED
 from expertmesh.serve.router import Router
+from expertmesh.signals import kill_soon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -28,6 +33,8 @@ logger = logging.getLogger(__name__)
 CONTROLLER = "expertmesh-controller"
 """Name of the actor that the router deployment owns."""
 
+_READY_S = 2.0
+"""A router that is there says so in less."""
 _POLL_S = 10.0
 """Well below the time after which the controller takes a silent router to be gone."""
 
@@ -36,18 +43,34 @@ class RouterDeployment:
     """A replica holds one `Router` and follows the controller's placements."""
 
     async def __init__(self, config: dict[str, Any], token: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._may_be_broken = bool(config.get("faults"))
         self._controller = _Controller()
         placement = await self._first_placement()
         self._router = await asyncio.to_thread(Router, MeshConfig.model_validate(config), placement, token)
         self._follower = asyncio.create_task(self._follow())
+        self._teller = asyncio.create_task(self._tell_doubts())
+        self._is_draining = False
+        threading.Thread(target=self._end_with_engine, name="router-end", daemon=True).start()
+
+    def _end_with_engine(self) -> None:
+        """Without its engine a router ends at once: a process that is gone gets no requests, and is replaced."""
+        self._router.wait_end()
+        if not self._is_draining:
+            logger.error("the engine has died; the router ends with it")
+            os._exit(1)
 
     async def _first_placement(self) -> Placement:
         """Wait for the controller's start. Raises ConfigError with what it failed on."""
         while True:
-            status = await self._controller.ask("status")
-            if status["error"]:
-                raise ConfigError(status["error"])
-            placement: Placement | None = await self._controller.ask("wait_placement", _router_id(), 0, _POLL_S)
+            try:
+                with _controller_away():
+                    status = await self._controller.ask("status")
+                    if status["error"]:
+                        raise ConfigError(status["error"])
+                    placement: Placement | None = await self._controller.ask("wait_placement", _router_id(), 0, _POLL_S)
+            except NoControllerError:
+                await asyncio.sleep(1.0)
+                continue
             if placement is not None:
                 return placement
 
@@ -63,6 +86,24 @@ class RouterDeployment:
             else:
                 if placement is not None:
                     await asyncio.to_thread(self._router.update, placement)
+
+    async def _tell_doubts(self) -> None:
+        """Pass every doubt about a replica on to the controller, those that came together only once."""
+        loop, doubts, news = asyncio.get_running_loop(), set[Doubt](), asyncio.Event()
+
+        def hear(doubt: Doubt) -> None:
+            doubts.add(doubt)
+            news.set()
+
+        self._router.on_doubt(lambda doubt: loop.call_soon_threadsafe(hear, doubt))
+        while True:
+            await news.wait()
+            told = tuple(doubts)
+            doubts.clear()
+            news.clear()
+            # Without a controller nobody can act on them; what is still wrong then will be doubted again.
+            with contextlib.suppress(RayActorError, ValueError):
+                await self._controller.ask("suspect", _router_id(), told)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
         async for events in self._router.generate(request):
@@ -81,21 +122,27 @@ class RouterDeployment:
             return await self._controller.ask("report", what)
 
     async def order(self, what: str, values: dict[str, Any]) -> Any:
-        """What POST /mesh/WHAT asks the controller for."""
+        """What POST /mesh/WHAT asks the controller for; or this router, for its own end."""
+        if what == "fault" and values["target"] == "router":
+            return self._break()
         with _controller_away():
             return await self._controller.ask("order", what, values)
+
+    def _break(self) -> dict[str, Any]:
+        """Be killed, if that is allowed."""
+        if not self._may_be_broken:
+            raise ConfigError(NOT_ALLOWED)
+        kill_soon()
+        return {"accepted": True, "process_id": os.getpid()}
 
     async def ready(self) -> bool:
         return self._router.healthy
 
-    def check_health(self) -> None:
-        """Serve's health check: a dead engine thread ends the replica, and Serve starts another."""
-        if not self._router.healthy:
-            raise RuntimeError("the engine has died")
-
     async def __del__(self) -> None:
         """Called by Serve after the replica has drained."""
+        self._is_draining = True
         self._follower.cancel()
+        self._teller.cancel()
         await asyncio.to_thread(self._router.close)
 
 
@@ -178,26 +225,38 @@ class RouterHandle:
             answer.cancel()
 
     async def mesh(self, what: str) -> Any:
-        with _own_errors(), _controller_away():
+        with _own_errors():
             return await self._handle.mesh.remote(what)
 
     async def order(self, what: str, values: dict[str, Any]) -> Any:
-        with _own_errors(), _controller_away():
+        with _own_errors():
             return await self._handle.order.remote(what, values)
 
     async def healthy(self) -> bool:
         try:
-            return bool(await self._handle.ready.remote())
-        except ray.exceptions.RayError:
+            async with asyncio.timeout(_READY_S):
+                return bool(await self._handle.ready.remote())
+        except (TimeoutError, RayError, RayServeException):
             return False
 
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """Ray wraps what a remote call raised; unwrap what is ours."""
+    """Say in our words what went wrong with a call: Ray wraps what a router raised, and has words of its own for a
+    router, or its machine, that is no more."""
     try:
         yield
     except RayTaskError as error:
         if isinstance(error.cause, ExpertMeshError):
             raise error.cause from None
         raise
+    except DeploymentUnavailableError as error:
+        raise NoRouterError(f"no router could be started: {error.message}") from error
+    except (RayError, RayServeException) as error:
+        first_line = str(error).partition("\n")[0]
+        raise RouterGoneError(f"{type(error).__name__}: {first_line}") from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RouterGoneError("the router cancelled its work") from None  # Serve says it like this

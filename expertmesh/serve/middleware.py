@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import re
@@ -18,6 +19,9 @@ from expertmesh.serve.problems import problem_of
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 _JSON = re.compile(r"application/([\w.+-]+\+)?json\s*(;.*)?", re.IGNORECASE)
+
+_LONGEST_LENGTH = 18
+"""Digits of a content-length that is still read as a number."""
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +60,42 @@ class RequestContext:
         self._metrics.http_requests.labels(route, str(status)).inc()
 
 
-class BodyGuard:
-    """Reads each body whole before anything else sees it; refuses one that is too long or not JSON."""
+class HeaderGuard:
+    """Refuses headers that are too long; the servers in front of an app differ in what they let through."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_header_bytes: int) -> None:
+        self._app = app
+        self._max_header_bytes = max_header_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and sum(len(name) + len(value) for name, value in scope["headers"]) > (
+            self._max_header_bytes
+        ):
+            error = InvalidRequestError(f"the headers are longer than {self._max_header_bytes} bytes", status=431)
+            await problem_of(error).response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class BodyGuard:
+    """Reads each body whole before anything else sees it; refuses one that is too long, too slow or not JSON."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
         try:
-            body = await self._read(receive, Headers(scope=scope))
+            async with asyncio.timeout(self._body_timeout_s):
+                body = await self._read(receive, Headers(scope=scope))
+        except TimeoutError:
+            error = InvalidRequestError(f"the body took longer than {self._body_timeout_s:g} s", status=408)
+            await problem_of(error).response()(scope, receive, send)
+            return
         except InvalidRequestError as error:
             await problem_of(error).response()(scope, receive, send)
             return
@@ -88,7 +115,8 @@ class BodyGuard:
     async def _read(self, receive: Receive, headers: Headers) -> bytes | None:
         """The whole body, or None if the client went away. Raises InvalidRequestError, as soon as it is clear."""
         announced = headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._max_body_bytes:
+        digits = announced.lstrip("0")
+        if digits.isdecimal() and (len(digits) > _LONGEST_LENGTH or int(digits) > self._max_body_bytes):
             raise self._too_long()
         parts: list[bytes] = []
         size, more = 0, True

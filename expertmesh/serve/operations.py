@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from expertmesh.errors import InvalidRequestError
 from expertmesh.serve.backend import Backend
-from expertmesh.serve.schemas import DrainBody, PoolBody, RebalanceBody, ScaleBody
+from expertmesh.serve.schemas import DrainBody, FaultBody, PoolBody, RebalanceBody, ScaleBody
 
 
 def operation_routes(backend: Backend, token: str) -> APIRouter:
@@ -49,5 +49,10 @@ def operation_routes(backend: Backend, token: str) -> APIRouter:
     async def rebalance(body: RebalanceBody) -> Any:
         """Weigh the placement against the load now."""
         return await backend.order("rebalance", {})
+
+    @routes.post("/fault")
+    async def fault(body: FaultBody) -> Any:
+        """Break a host, a router or the controller, if the mesh was started for that: what fired so far."""
+        return await backend.order("fault", body.model_dump(mode="json"))
 
     return routes

@@ -20,12 +20,18 @@ from expertmesh.errors import (
     InvalidRequestError,
     NoControllerError,
     NoReadyReplicaError,
+    NoRouterError,
+    NotFiniteError,
     OverloadedError,
+    RouterGoneError,
+    one_line,
 )
 
 _TYPES = {429: "rate_limit_error", 504: "timeout_error"}
 _RETRY_NO_REPLICA_S = 1.0
 """A replica is loaded, or a host replaced, in about this time."""
+_RETRY_ROUTER_GONE_S = 1.0
+"""Another takes its place at once, if there is any."""
 _RETRY_NO_CONTROLLER_S = 5.0
 
 
@@ -66,6 +72,12 @@ def problem_of(error: Exception) -> Problem:
             return Problem(status=429, message=str(error), code="overloaded", retry_after_s=error.retry_after_s)
         case NoReadyReplicaError():
             return Problem(status=503, message=str(error), code="no_ready_replica", retry_after_s=_RETRY_NO_REPLICA_S)
+        case NoRouterError():
+            return Problem(status=503, message=str(error), code="no_router", retry_after_s=error.retry_after_s)
+        case RouterGoneError():
+            return Problem(status=503, message=str(error), code="router_gone", retry_after_s=_RETRY_ROUTER_GONE_S)
+        case NotFiniteError():
+            return Problem(status=500, message=str(error), code="not_finite")
         case NoControllerError():
             return Problem(status=503, message=str(error), code="no_controller", retry_after_s=_RETRY_NO_CONTROLLER_S)
         case BusyError():
@@ -95,5 +107,6 @@ def _problem_of_validation(errors: Sequence[Mapping[str, Any]]) -> Problem:
         return Problem(status=400, message=f"the body is not valid JSON: {reason} at character {place[0]}")
     if not place:
         return Problem(status=400, message="send a JSON object as the body")
+    place = [part if isinstance(part, int) else one_line(str(part)) for part in place]
     param = str(place[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place[1:])
     return Problem(status=400, message=f"{param}: {first['msg']}", param=param)

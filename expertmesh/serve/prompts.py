@@ -39,6 +39,7 @@ class Choice:
 
 async def completion_prompts(surface: Surface, body: CompletionBody) -> list[Prompt]:
     """Raises InvalidRequestError for a prompt that cannot be tokenized or has ids outside of the vocabulary."""
+    check_choices(surface, len(body.prompt), body.n)  # before any is tokenized
     prompts = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
@@ -83,6 +84,12 @@ def check_token_ids(surface: Surface, ids: Iterable[int], param: str) -> None:
             raise InvalidRequestError(reason, param=param)
 
 
+def check_choices(surface: Surface, num_prompts: int, n: int) -> None:
+    if num_prompts * n > surface.limits.max_choices:
+        reason = f"{num_prompts} prompts times n = {n} is more than {surface.limits.max_choices} choices"
+        raise InvalidRequestError(reason, param="n")
+
+
 def plan_choices(
     surface: Surface, body: GenerateBody, num_top_logprobs: int | None, prompts: Sequence[Prompt], answer_id: str
 ) -> tuple[Choice, ...]:
@@ -90,9 +97,7 @@ def plan_choices(
 
     With a seed, a prompt's i-th choice has seed + i wherever the prompt stands; without, each has one of its own.
     """
-    if len(prompts) * body.n > surface.limits.max_choices:
-        reason = f"{len(prompts)} prompts times n = {body.n} is more than {surface.limits.max_choices} choices"
-        raise InvalidRequestError(reason, param="n")
+    check_choices(surface, len(prompts), body.n)
     if body.stop:
         surface.require_codec("stop")
     check_token_ids(surface, body.stop_token_ids, "stop_token_ids")

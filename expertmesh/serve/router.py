@@ -6,6 +6,7 @@ Requests are token ids; answers are lists of token events, those that came since
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from expertmesh.allocator import FORWARD_BYTES, keep_freed_memory
@@ -23,15 +24,18 @@ from expertmesh.trace.recorder import TraceRecorder
 from expertmesh.transport.network import NetworkTransport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     import numpy as np
     from numpy.typing import NDArray
 
     from expertmesh.config import MeshConfig
+    from expertmesh.doubt import Doubt
     from expertmesh.engine.api import GenerateRequest
     from expertmesh.placement import Placement
 
+BEAT_S = 3.0
+"""A router that has a request says something at least this often, if only that it is there."""
 TRACE_EVERY_S = 0.5
 """How often what was recorded is passed on."""
 
@@ -47,9 +51,14 @@ class Router:
         backbone = load_backbone(path, dtype=config.dtype)
         backbone.model.to(section.device)
         self._exchange = Exchange(
-            NetworkTransport(token),
+            NetworkTransport(token, tls=config.network.tls_files),
             placement,
-            ExchangeLimits(timeout_s=config.exchange.timeout_s, attempt_timeout_s=config.exchange.attempt_timeout_s),
+            ExchangeLimits(
+                timeout_s=config.exchange.timeout_s,
+                attempt_timeout_s=config.exchange.attempt_timeout_s,
+                hedge_share=config.exchange.hedge_share,
+                double_check_share=config.exchange.double_check_share,
+            ),
         )
         backbone.connect([MoeLayer(self._exchange, layer) for layer in range(len(backbone.moe_modules))])
         self._engine = make_engine(
@@ -64,6 +73,10 @@ class Router:
             kind=section.engine,
         )
 
+    def on_doubt(self, tell: Callable[[Doubt], object]) -> None:
+        """Have `tell` called, on the engine's thread, with every doubt about a replica."""
+        self._exchange.on_doubt(tell)
+
     @property
     def epoch(self) -> int:
         """Of the placement in use."""
@@ -75,7 +88,10 @@ class Router:
         self._exchange.update(placement)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
-        """The request's events until its end. Leaving early cancels it. Raises what `Engine.submit` raises."""
+        """The request's events until its end; nothing, every BEAT_S, while there are none. Leaving early cancels it.
+
+        Raises what `Engine.submit` raises.
+        """
         loop = asyncio.get_running_loop()
         arrived: list[TokenEvent] = []
         news = asyncio.Event()
@@ -88,11 +104,13 @@ class Router:
         finished = False
         try:
             while not finished:
-                await news.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(BEAT_S):
+                        await news.wait()
                 events = arrived.copy()
                 arrived.clear()
                 news.clear()
-                finished = events[-1].finish_reason is not None
+                finished = bool(events) and events[-1].finish_reason is not None
                 yield events
         finally:
             if not finished:
@@ -140,6 +158,10 @@ class Router:
     @property
     def healthy(self) -> bool:
         return self._engine.healthy
+
+    def wait_end(self) -> None:
+        """Block until the engine has ended, by `close` or by itself."""
+        self._engine.wait_end()
 
     def close(self) -> None:
         """Fail what runs, and end all threads."""

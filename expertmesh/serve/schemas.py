@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from expertmesh.errors import InvalidRequestError
+from expertmesh.errors import ConfigError, InvalidRequestError
+from expertmesh.fault import Fault, FaultKind
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -169,13 +170,19 @@ class ChatMessage(Body):
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: arguments of tool calls are objects there, and JSON text in the API."""
-        message = self.model_dump()
-        for call in message.get("tool_calls", []):
+        try:
+            message = self.model_dump()
+        except ValueError as error:
+            raise InvalidRequestError("a message is nested too deeply", param="messages") from error
+        calls = message.get("tool_calls", [])
+        if not isinstance(calls, list):
+            raise InvalidRequestError("tool_calls of a message must be a list", param="messages")
+        for call in calls:
             function = call.get("function") if isinstance(call, dict) else None
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
                 try:
                     function["arguments"] = json.loads(function["arguments"])
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     reason = "arguments of a tool call must be JSON text"
                     raise InvalidRequestError(reason, param="messages") from error
         return message
@@ -262,3 +269,33 @@ class DrainBody(Body):
 
 class RebalanceBody(Body):
     """POST /mesh/rebalance: an empty object."""
+
+
+class FaultFields(Body):
+    """One fault; see `expertmesh.fault`."""
+
+    kind: FaultKind = Field(strict=False)
+    share: float = Field(default=1.0, gt=0, le=1)
+    factor: float = Field(default=1.0, ge=1, le=1e6)
+    seconds: float = Field(default=0.0, ge=0, le=1e6)
+
+
+class FaultBody(Body):
+    """POST /mesh/fault."""
+
+    target: str = Field(min_length=1)
+    """A host's id, `router` (any one of them) or `controller`; of these two, the only fault is to be killed."""
+    faults: list[FaultFields] = Field(default=[], max_length=16)
+    """In place of those before."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of what is drawn at random."""
+
+    @model_validator(mode="after")
+    def _can_be(self) -> FaultBody:
+        try:
+            kinds = [Fault(**fault.model_dump()).kind for fault in self.faults]
+        except ConfigError as error:
+            raise InvalidRequestError(f"faults: {error}", param="faults") from error
+        if self.target in ("router", "controller") and kinds != [FaultKind.KILL]:
+            raise InvalidRequestError(f"faults: of a {self.target}, kill is the only one", param="faults")
+        return self

@@ -13,9 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from expertmesh.errors import CheckpointError, InvalidRequestError
+from expertmesh.errors import CheckpointError, InvalidRequestError, one_line
 
 REPLACEMENT = "\ufffd"
 """What decoders write for bytes that are not, or not yet, a character."""
@@ -71,6 +69,11 @@ class TextCodec:
         before = self.decode(self._anchor, skip_special_tokens=False)
         return self.decode([*self._anchor, token_id], skip_special_tokens=False).removeprefix(before)
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """`token_text` of each."""
+        known = {token_id: self.token_text(token_id) for token_id in set(ids)}
+        return [known[token_id] for token_id in ids]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The same in bytes, which is exact where a token holds but a part of a character."""
         text = self.token_text(token_id)
@@ -113,8 +116,9 @@ class TextCodec:
                 tokenize=False,
                 **variables,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            reason = f"the chat template cannot take these messages: {error}"
+        except Exception as error:  # the template is a program, on what a client sent: it may raise anything
+            cause = one_line(str(error)) or type(error).__name__
+            reason = f"the chat template cannot take these messages: {cause}"
             raise InvalidRequestError(reason, param="messages") from error
         return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -29,7 +30,7 @@ def token_routes(surface: Surface) -> APIRouter:
             ids = (await chat_prompt(surface, body)).ids
         else:
             ids = await encode(codec, body.prompt, add_special_tokens=body.add_special_tokens)
-        strings = [codec.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+        strings = await asyncio.to_thread(codec.token_texts, ids) if body.return_token_strs else None
         context = surface.card.max_context
         return {"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": strings}
 

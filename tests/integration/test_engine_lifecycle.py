@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,8 +19,10 @@ from expertmesh.errors import (
     ConfigError,
     ExpertMeshError,
     InvalidRequestError,
+    NotFiniteError,
     OverloadedError,
     ReplicaUnavailableError,
+    RouterGoneError,
 )
 from expertmesh.ids import HostId
 from tests.integration.engines import (
@@ -135,13 +139,42 @@ def test_a_forward_that_raises_fails_the_requests_of_its_step_only(model, kind):
 
 
 @both_kinds
-def test_logits_that_are_not_finite_fail_their_request(model, kind):
-    prompts = random_prompts(9, 9)
-    breaking = model.lm_head.register_forward_hook(lambda module, args, output: output.fill_(torch.nan))
-    with running(model, kind) as engine:
-        assert run(engine, [request("bad", prompts[0])]).last("bad").error == "the model's logits are not finite"
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_fail_their_request_and_no_other_of_its_batch(model, kind, poison):
+    prompts = random_prompts(8, 8)
+    gate, inbox, calls = Gate(), Inbox(), []
+
+    def break_last_row(module: Any, args: Any, output: torch.Tensor) -> None:
+        calls.append(output.shape)
+        if len(calls) == 3:
+            output.view(-1, output.shape[-1])[-1, 5] = poison
+
+    with running(model, kind) as engine, ForwardHook(model, gate):
+        for index in range(2):
+            engine.submit(request(str(index), prompts[index], ignore_eos=True, top_logprobs=1), inbox)
+        breaking = model.lm_head.register_forward_hook(break_last_row)
+        gate.opened.set()
+        inbox.wait_finished(["0", "1"])
         breaking.remove()
-        assert run(engine, [request("good", prompts[1])]).tokens("good") == generate(model, prompts[1], 12)
+        assert engine.healthy
+    ends = {index: inbox.last(str(index)) for index in range(2)}
+    (bad,) = [index for index, end in ends.items() if end.finish_reason == "error"]
+    assert isinstance(ends[bad].cause, NotFiniteError)
+    assert ends[bad].error == "the model's logits are not finite"
+    assert inbox.tokens(str(1 - bad)) == generate(model, prompts[1 - bad], 12, eos_token_id=-1)
+    assert all(math.isfinite(event.logprob) for index in "01" for event in inbox.events[index] if event.token_id)
+
+
+@both_kinds
+def test_a_prompt_whose_logits_are_not_finite_has_no_score(model, kind):
+    def break_one(module: Any, args: Any, output: torch.Tensor) -> None:
+        output[..., 4, 7] = torch.nan
+
+    with running(model, kind) as engine:
+        breaking = model.lm_head.register_forward_hook(break_one)
+        with pytest.raises(NotFiniteError):
+            engine.score(tuple(random_prompts(9)[0]), 1)
+        breaking.remove()
 
 
 @both_kinds
@@ -179,9 +212,10 @@ def test_a_dead_thread_fails_everything_and_says_so(model, kind, monkeypatch):
         inbox.wait_finished(["running", "waiting"])
         for request_id in ("running", "waiting"):
             assert "LookupError: no such block" in inbox.last(request_id).error
-        engine._thread.join(DEADLINE_S)
+            assert isinstance(inbox.last(request_id).cause, RouterGoneError), "another router can go on with it"
+        engine.wait_end()
         assert not engine.healthy
-        with pytest.raises(ExpertMeshError, match="no such block"):
+        with pytest.raises(RouterGoneError, match="no such block"):
             engine.submit(request("late", prompts[0]), inbox)
 
 
@@ -234,6 +268,39 @@ def test_a_full_queue_refuses_and_statistics_count(model, kind):
     assert (before.running, before.waiting, before.generated_tokens) == (1, 2, 0)
     assert (after.running, after.waiting, after.generated_tokens) == (0, 0, 16)
     assert after.steps >= 16
+
+
+@both_kinds
+def test_a_resumed_request_is_not_refused_and_goes_before_those_that_wait(model, kind):
+    prompts = random_prompts(9, 9, 9)
+    gate, inbox, order = Gate(), Inbox(), []
+    with running(model, kind, max_requests=1, max_queue=1) as engine, ForwardHook(model, gate):
+        engine.submit(request("runs", prompts[0], max_tokens=2, ignore_eos=True), inbox)
+        assert gate.reached.wait(DEADLINE_S)
+        for each in (
+            request("waits", prompts[1], max_tokens=2, ignore_eos=True),
+            request("resumed", prompts[2], max_tokens=4, num_resumed=2, ignore_eos=True),
+        ):
+            engine.submit(each, lambda event: (order.append(event.request_id), inbox(event)))
+        gate.opened.set()
+        inbox.wait_finished(["runs", "waits", "resumed"])
+    assert order == ["resumed"] * 2 + ["waits"] * 2
+
+
+def test_prompts_that_wait_to_be_scored_are_bounded(model):
+    gate = Gate()
+    with running(model, max_queue=1) as engine, ForwardHook(model, gate), ThreadPoolExecutor(2) as callers:
+        first = callers.submit(engine.score, (3, 4), 1)
+        assert gate.reached.wait(DEADLINE_S)
+        second = callers.submit(engine.score, (5, 6), 1)
+        pause = threading.Event()
+        while not engine._scores:  # until pytest's own limit
+            pause.wait(0.01)
+        with pytest.raises(OverloadedError, match="1 prompts wait"):
+            engine.score((7, 8), 1)
+        gate.opened.set()
+        assert first.result(DEADLINE_S).token_logprobs[0] is None
+        assert second.result(DEADLINE_S).token_logprobs[0] is None
 
 
 def test_the_simple_engine_keeps_within_its_memory(model):

@@ -9,8 +9,11 @@ from expertmesh.errors import (
     DeadlineExceededError,
     InvalidRequestError,
     NoReadyReplicaError,
+    NoRouterError,
+    NotFiniteError,
     OverloadedError,
     ReplicaFailedError,
+    RouterGoneError,
 )
 from expertmesh.ids import ExpertId, HostId
 from expertmesh.serve.backend import Limits, ModelCard
@@ -192,6 +195,9 @@ async def test_chat_with_a_model_that_has_no_template_is_refused():
 FAILURES = [
     (OverloadedError("too many requests wait", retry_after_s=2.5), 429, "overloaded", "3"),
     (NoReadyReplicaError(ExpertId(0, 3)), 503, "no_ready_replica", "1"),
+    (NoRouterError("no router took the request within 60 s"), 503, "no_router", "5"),
+    (RouterGoneError("its process ended"), 503, "router_gone", "1"),
+    (NotFiniteError("the model's logits are not finite"), 500, "not_finite", None),
     (DeadlineExceededError("the mesh took too long", deadline_s=5), 504, "deadline_exceeded", None),
     (InvalidRequestError("prompt too odd", param="prompt"), 400, None, None),
     (ReplicaFailedError(HostId("h1"), "shape"), 500, None, None),

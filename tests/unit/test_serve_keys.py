@@ -20,7 +20,7 @@ pytestmark = pytest.mark.asyncio
 CARD = ModelCard(name="tiny", root="tiny", max_context=64, vocab_size=420, created=7)
 TOKEN = "s3cret-t0ken"
 LIMITS = Limits()
-ALICE, BOB = draw_key(), draw_key()
+ALICE, BOB = "em-alice-0123456789", "em-bob-0123456789"
 KEYS = (ApiKey(name="alice", sha256=hash_of(ALICE)), ApiKey(name="bob", sha256=hash_of(BOB)))
 COMPLETION = {"model": "tiny", "prompt": [1, 2], "max_tokens": 1}
 GUARDED = [
