@@ -26,7 +26,8 @@ class Limits:
     loads_at_once: int = 16
     """Over all hosts: they share the network, or the file server, that they read from."""
     load_timeout_s: float = 120.0
-    drop_timeout_s: float = 10.0
+    drop_timeout_s: float = 3.0
+    """The next controller publishes nothing for so long: a drop of the one before may be on its way."""
     stop_timeout_s: float = 30.0
     publish_every_s: float = 0.5
     """Each placement goes to every router, so that many small steps are told together; what cannot wait does not."""

@@ -14,12 +14,13 @@ from expertmesh.control.keeper import Keeper
 from expertmesh.errors import ExpertMeshError, NoControllerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from expertmesh.checkpoint.recipe import CheckpointIndex
     from expertmesh.clock import Clock
     from expertmesh.config import MeshConfig
     from expertmesh.control.cluster import Cluster, HostControl
+    from expertmesh.doubt import Doubt
     from expertmesh.placement import HostInfo, Placement
 
 
@@ -109,15 +110,23 @@ class Controller:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), left_s)
 
+    async def suspect(self, router: str, doubts: Sequence[Doubt]) -> None:
+        """A router does not trust what these replicas answered."""
+        if self._keeper is not None:
+            self._keeper.suspect(router, doubts)
+
     async def report(self, what: str) -> Any:
         """The JSON behind /mesh/WHAT."""
         return await self._running().report(what)
 
     async def order(self, what: str, values: dict[str, Any]) -> Any:
-        """Do what an operator asks for: scale, auto, drain or rebalance.
+        """Do what an operator asks for: scale, auto, drain, rebalance or fault.
 
-        Raises ConfigError when it cannot be, BusyError when not just now.
+        Raises ConfigError when it cannot be, BusyError when not just now, ReplicaUnavailableError when a host that is
+        to be broken does not hear of it.
         """
+        if what == "fault":
+            return await self._running().inject(**values)
         return self._running().order(what, values)
 
     def _running(self) -> Keeper:

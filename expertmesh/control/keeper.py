@@ -15,32 +15,29 @@ from typing import TYPE_CHECKING, Any
 from expertmesh.control import views
 from expertmesh.control.actions import Drop, Limits, Load, Publish, StopHost
 from expertmesh.control.capacity import check_drain
+from expertmesh.control.doubts import Doubts
 from expertmesh.control.growth import Growth
 from expertmesh.control.journal import Journal
 from expertmesh.control.ledger import Ledger
 from expertmesh.control.load import LoadMeter
 from expertmesh.control.members import ASK_EVERY_S, Members
-from expertmesh.control.note import Note
+from expertmesh.control.note import Memory, Note
 from expertmesh.control.planner import PlanOptions
-from expertmesh.control.progress import Watchdog, moves
+from expertmesh.control.progress import Watchdog
 from expertmesh.control.publisher import Publisher
 from expertmesh.control.reconciler import reconcile
+from expertmesh.control.reports import Reports
 from expertmesh.control.speed import SpeedMeter
 from expertmesh.control.state import HostStatus
 from expertmesh.control.tasks import Tasks
 from expertmesh.control.wanted import plan_experts
-from expertmesh.errors import (
-    CheckpointError,
-    ConfigError,
-    ExpertMeshError,
-    NoControllerError,
-    ReplicaUnavailableError,
-)
+from expertmesh.errors import CheckpointError, ConfigError, ExpertMeshError, ProtocolError, ReplicaUnavailableError
+from expertmesh.fault import NOT_ALLOWED, Fault, FaultKind
 from expertmesh.hosts.configuration import configuration_for
 from expertmesh.ids import ExpertId, HostId
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from expertmesh.checkpoint.recipe import CheckpointIndex
     from expertmesh.clock import Clock
@@ -48,14 +45,17 @@ if TYPE_CHECKING:
     from expertmesh.control.actions import Action
     from expertmesh.control.cluster import Cluster, HostControl, RunningHost
     from expertmesh.control.reconciler import Steps
-    from expertmesh.control.state import HostState
+    from expertmesh.control.state import HostState, Observed
     from expertmesh.control.wanted import Supply
+    from expertmesh.doubt import Doubt
+    from expertmesh.hosts.digest import ReplicaDigest
     from expertmesh.placement import HostInfo, Placement
 
 logger = logging.getLogger(__name__)
 
 PAUSE_PER_TURN = 4.0
-"""Times as long as a turn took, nothing but other tasks runs."""
+"""Times as long as a turn took, nothing but other tasks runs; once as long while experts are short of copies."""
+LEAVING = (HostStatus.DRAINING, HostStatus.STOPPING)
 
 
 class Keeper:
@@ -86,8 +86,8 @@ class Keeper:
         self._tell = published
         self._changed = asyncio.Event()
         self._tasks = Tasks(self._changed.set)
-        self._join()
         self._watchdog = Watchdog(self._now)
+        self._join()
         self._desired: Mapping[ExpertId, tuple[HostId, ...]] = {}
         self._plan_at = 0.0
         self._broken: CheckpointError | None = None
@@ -121,6 +121,19 @@ class Keeper:
             self._clock,
             self._plan_soon,
         )
+        self._doubts = Doubts(
+            self._members, self._growth, self._ledger, self._journal, self._tasks, self._clock, self._plan_soon
+        )
+        self._reports = Reports(
+            self._members,
+            self._ledger,
+            self._meter,
+            self._speeds,
+            self._publisher,
+            self._journal,
+            self._watchdog,
+            self._clock,
+        )
 
     @property
     def placement(self) -> Placement | None:
@@ -135,8 +148,11 @@ class Keeper:
         Raises ConfigError when a host does not start or the experts do not fit, CheckpointError when one cannot be
         read.
         """
+        note = Note.from_bytes(await self._cluster.saved())
+        if note is not None:
+            self._members.named.update(note.memory.named)
         if found := await self._cluster.running():
-            await self._take_over(found)
+            await self._take_over(found, note)
         there = Counter(host.pool for host in found)
         wanted = [pool for pool in self._config.pools for _ in range(pool.hosts - there[pool.name])]
         if self.placement is not None:
@@ -152,7 +168,7 @@ class Keeper:
         show("starting hosts", 0, len(wanted))
         await asyncio.gather(*(start(pool, self._members.new_name(pool.name)) for pool in wanted))
         if self.placement is None:
-            self._plan("the first placement")
+            self._plan("the first placement", self._ledger.observed(self._now))
         total = sum(map(len, self._desired.values()))
         while self.placement is None:
             steps = await self._turn()
@@ -161,17 +177,22 @@ class Keeper:
             show("loading experts", max(0, total - steps.remaining), total)
         self._tasks.start(self._keep())
 
-    async def _take_over(self, found: list[RunningHost]) -> None:
+    async def _take_over(self, found: list[RunningHost], note: Note | None) -> None:
         """Go on where the controller before this one stopped."""
         self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs, restarted=True)
         self._join()
-        note = Note.from_bytes(await self._cluster.saved())
-        if note is not None:
-            self._members.named.update(note.named)
+        if note is None:
+            self._ledger.adopt(0, {}, self._now)  # a note comes before any placement
+        else:
+            self._members.named.update(note.memory.named)
+            self._growth.scaler.recall(note.memory.sizes)
             self._ledger.adopt(note.epoch, note.replicas, self._now)
             self._desired = note.replicas
-        await asyncio.gather(*(self._members.take_over(host) for host in found))
+        standby = note.memory.standby if note is not None else frozenset()
+        await asyncio.gather(*(self._members.take_over(host, stood_by=host.info.id in standby) for host in found))
         if note is not None:
+            for expert, host in note.memory.doubted:
+                self._ledger.condemned(host, expert, "it was doubted when the controller died", self._now)
             self._publisher.adopt(note)
         self._journal.add("take over", f"a controller was here before: {len(found)} hosts run")
 
@@ -196,39 +217,58 @@ class Keeper:
         observed = self._ledger.observed(now)
         if self.placement is not None:
             self._growth.turn(observed)
+            self._doubts.turn(observed)
         if now >= self._plan_at:
-            self._replan(now)
-        steps = reconcile(self._desired, observed, self._limits, now)
-        self._watchdog.turned(steps, now)
-        if steps.blocked:
-            self._journal.add("blocked", "; ".join(steps.blocked))
-            self._desired = dict(observed.current)
-        for action in steps.actions:
-            self._begin(action, now)
+            observed = await self._replan(observed)
+        steps = self._reconcile(observed)
         if not steps.actions and (renewal := self._publisher.renewal(observed)) is not None:
-            self._begin(renewal, now)
+            self._begin(renewal, observed)
+        if self.placement is not None and not self._publisher.remembers(memory := self._memory(observed)):
+            self._tasks.start(self._publisher.remember(memory))
         # Large models make turns long: most of the time is for those who ask, whatever happens.
-        await asyncio.sleep(min(ASK_EVERY_S, PAUSE_PER_TURN * (self._now - now)))
+        pause_s = (1.0 if steps.is_urgent else PAUSE_PER_TURN) * (self._now - now)
+        await asyncio.sleep(min(ASK_EVERY_S, pause_s))
         pause_s = min(ASK_EVERY_S, max(0.0, steps.wake_at - self._now))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), pause_s)
         return steps
 
-    def _replan(self, now: float) -> None:
-        self._plan_at = now + self._config.experts.replan_s
-        is_lost = any(host not in self._members for hosts in self._desired.values() for host in hosts)
-        if self.placement is None or not (self._config.experts.elastic or is_lost):
-            return
-        try:
-            self._plan("the load")
-        except ConfigError as error:
-            self._journal.add("short of slots", str(error))
+    def _reconcile(self, observed: Observed) -> Steps:
+        """Begin the steps that follow from what is the case and what is wanted."""
+        steps = reconcile(self._desired, observed, self._limits, self._now)
+        self._watchdog.turned(steps, self._now)
+        if steps.blocked:
+            self._journal.add("blocked", "; ".join(steps.blocked))
+            self._desired = dict(observed.current)
+        for action in steps.actions:
+            self._begin(action, observed)
+        return steps
 
-    def _plan(self, occasion: str) -> None:
+    async def _replan(self, observed: Observed) -> Observed:
+        """Weigh what is wanted against the load. What is the case then.
+
+        It takes long for large models, and routers must hear of a host's end at once: so that comes first.
+        """
+        self._plan_at = self._now + self._config.experts.replan_s
+        for action in reconcile(self._desired, observed, self._limits, self._now).actions:
+            if isinstance(action, Publish):
+                self._begin(action, observed)
+                await self._publisher.told()
+                observed = self._ledger.observed(self._now)
+        stay = {id_ for id_, host in observed.hosts.items() if host.status not in LEAVING}
+        must = observed.banned(self._now) or any(not stay.issuperset(hosts) for hosts in self._desired.values())
+        if self.placement is not None and (self._config.experts.elastic or must):
+            try:
+                self._plan("the load", observed)
+            except ConfigError as error:
+                self._journal.add("short of slots", str(error))
+        return observed
+
+    def _plan(self, occasion: str, observed: Observed) -> None:
         """Ask the planner what is wanted, from what is measured."""
-        observed = self._ledger.observed(self._now)
         supplies = [self._supply(state) for state in observed.hosts.values() if state.status is HostStatus.READY]
-        wanted = plan_experts(self._configuration, supplies, self._meter.loads(), self._desired, self._options)
+        banned = observed.banned(self._now)
+        wanted = plan_experts(self._configuration, supplies, self._meter.loads(), self._desired, self._options, banned)
         if wanted.replicas != self._desired:
             self._desired = wanted.replicas
             summary = (
@@ -252,11 +292,11 @@ class Keeper:
 
     # --- carrying out ------------------------------------------------------------------------------------------------
 
-    def _begin(self, action: Action, now: float) -> None:
-        self._ledger.begun(action, now)
+    def _begin(self, action: Action, observed: Observed) -> None:
+        self._ledger.begun(action, self._now)
         if isinstance(action, Publish):
             self._journal.add("publish", action.why, epoch=action.epoch)
-            self._tasks.start(self._publisher.publish(action, self._members.named))
+            self._tasks.start(self._publisher.publish(action, self._memory(observed)))
         else:
             self._tasks.start(self._carry_out(action))
 
@@ -264,27 +304,34 @@ class Keeper:
         """Do it, and tell the ledger how it went."""
         try:
             async with asyncio.timeout(max(0.0, action.deadline - self._now)):
-                await self._do(action)
+                digest = await self._do(action)
         except (ExpertMeshError, TimeoutError) as error:
             cause = str(error) or "no answer before the deadline"
             self._ledger.failed(action, cause, self._now)
             self._journal.add("failed", f"{action.key}: {cause}")
+            if isinstance(error, (CheckpointError, ProtocolError)):
+                self._plan_soon()  # another host may be able to
             if self.placement is None and isinstance(error, CheckpointError):
                 self._broken = error
         else:
             self._ledger.done(action, self._now)
+            if isinstance(action, Load) and digest is not None:
+                self._doubts.loaded(action.expert, action.host, digest)
         self._changed.set()
 
-    async def _do(self, action: Load | Drop | StopHost) -> None:
+    async def _do(self, action: Load | Drop | StopHost) -> ReplicaDigest | None:
+        """Of a load, what was loaded."""
         if action.host not in self._members:
             raise ReplicaUnavailableError(action.host, "it is gone")
         member = self._members[action.host]
         if isinstance(action, Load):
-            await member.control.load(action.expert, self._index.recipes[action.expert])
-        elif isinstance(action, Drop):
+            return await member.control.load(action.expert, self._index.recipes[action.expert])
+        if isinstance(action, Drop):
             await member.control.drop(action.expert, not_after_s=member.host_time(action.deadline))
+            self._doubts.dropped(action.expert, action.host)
         else:
             await self._cluster.stop(action.host)
+        return None
 
     # --- what others ask ---------------------------------------------------------------------------------------------
 
@@ -293,36 +340,13 @@ class Keeper:
         self._ledger.router_uses(router, epoch, self._now)
         self._changed.set()
 
+    def suspect(self, router: str, doubts: Iterable[Doubt]) -> None:
+        """A router does not trust what these replicas answered."""
+        self._doubts.suspect(router, doubts)
+
     async def report(self, what: str) -> Any:
-        """The JSON behind /mesh/WHAT: hosts, placement, load, decisions or moves. Of loads and hosts, as of now."""
-        if what in ("hosts", "load"):
-            await asyncio.gather(*(self._members.ask(host) for host in self._members))
-        if what == "placement":
-            if self.placement is None:
-                raise NoControllerError("there is no placement yet; ask again in a moment")
-            return self.placement.to_json()
-        if what == "decisions":
-            return self._journal.entries()
-        if what == "moves":
-            under_way = moves(self._ledger.observed(self._now))
-            return {
-                "moves": [views.move(move, self._now) for move in under_way],
-                "alarm": self._watchdog.alarm(self._now),
-            }
-        if what == "hosts":
-            observed = self._ledger.observed(self._now)
-            return [
-                views.host(
-                    observed.hosts.get(host),
-                    self._members[host],
-                    self._speeds.time_model(host),
-                    self._speeds.rate(host),
-                )
-                for host in self._members
-            ]
-        assert what == "load", what
-        rates = {host: self._speeds.rate(host) for host in self._members}
-        return {"layers": self._meter.totals()} | views.load(self.placement, self._meter.loads(), rates)
+        """What /mesh/WHAT answers."""
+        return await self._reports.of(what)
 
     def order(self, what: str, values: dict[str, Any]) -> Any:
         """What an operator asks for. Raises ConfigError when it cannot be."""
@@ -344,6 +368,16 @@ class Keeper:
         self._plan_soon()
         return {"accepted": True}
 
+    async def inject(self, target: str, faults: Sequence[Mapping[str, Any]], seed: int) -> Any:
+        """Have a host misbehave from now on: how often it did so far, by kind. Raises ConfigError."""
+        if not self._config.faults:
+            raise ConfigError(NOT_ALLOWED)
+        if (host := HostId(target)) not in self._members:
+            raise ConfigError(f"target: {target!r} is no host; there are {', '.join(self._members)}")
+        given = [Fault(**{**fault, "kind": FaultKind(fault["kind"])}) for fault in faults]
+        self._journal.add("asked", f"break host {host}: {', '.join(fault.kind for fault in given) or 'no more'}")
+        return {"accepted": True, "fired": await self._members[host].control.inject(given, seed)}
+
     async def leave(self) -> None:
         """End whatever is under way, and leave the hosts to the controller that follows."""
         await self._end()
@@ -356,7 +390,10 @@ class Keeper:
         await self._tasks.cancel()
         return await self._members.leave()
 
-    # --- helpers -----------------------------------------------------------------------------------------------------
+    def _memory(self, observed: Observed) -> Memory:
+        """What the next controller cannot learn from hosts."""
+        named, sizes, standby = dict(self._members.named), self._growth.scaler.sizes(), self._members.standby.hosts
+        return Memory(named=named, sizes=sizes, standby=standby, doubted=observed.doubted)
 
     @property
     def _now(self) -> float:

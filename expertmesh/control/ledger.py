@@ -1,7 +1,8 @@
 """The ledger: what the controller was told, set against what it ordered, and the picture that follows from both.
 
 Owns every fact that the reconciler sees. It knows neither what is wanted nor how messages travel: they may be lost,
-late, repeated or out of order. Its invariant: a replica reads as ready only while no drop can be on its way to it.
+late, repeated or out of order. Its invariant: a replica reads as ready only while no drop can be on its way to it, and
+nobody doubts it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ class _Replica:
     failures: int = 0
     retry_at: float = NEVER
     cause: str = ""
+    doubt: str = ""
+    """Why it is not to be used, while it is not."""
+    is_condemned: bool = False
+    """The doubt is well founded."""
+    setbacks: int = 0
+    """How often it was condemned."""
 
 
 @dataclass(slots=True)
@@ -72,7 +79,11 @@ class Ledger:
         self._published: list[Published] = []
         self._newest_epoch = 0
         self._routers: dict[str, tuple[int, float]] = {}
-        self._settles_at = now + max(limits.router_lease_s, limits.drop_timeout_s) if restarted else NEVER
+        self._orders_past_at = now + limits.drop_timeout_s if restarted else NEVER
+        """No drop that the controller before ordered can be carried out any more."""
+        self._routers_known_at = now + max(limits.router_lease_s, limits.drop_timeout_s) if restarted else NEVER
+        """Every router was heard of, so that it is known which placements are in use."""
+        self._settles_at = self._routers_known_at
 
     def host_started(self, host: HostId, now: float) -> None:
         """A host is being started, or was found running. It is ready from its first report on."""
@@ -112,7 +123,7 @@ class Ledger:
                 continue  # the order may yet change what the host saw
             if isinstance(replica.order, Load):
                 self._load_failed(replica, NO_ANSWER, asked_at)
-            _settle(replica, held=expert in held, at=asked_at)
+            self._settle(replica, held=expert in held, at=asked_at)
             if not replica.held and not replica.failures:
                 del known.replicas[expert]
 
@@ -135,7 +146,7 @@ class Ledger:
         if isinstance(action, StopHost):
             self.host_gone(action.host)
         elif replica := self._ordered(action):
-            _settle(replica, held=isinstance(action, Load), at=now)
+            self._settle(replica, held=isinstance(action, Load), at=now)
 
     def failed(self, action: Action, cause: str, now: float) -> None:
         """An action failed, or nobody knows whether it did.
@@ -159,11 +170,57 @@ class Ledger:
         replica.retry_at = now + min(pause_s, self._limits.retry_longest_s)
         replica.failures += 1
 
+    def _settle(self, replica: _Replica, *, held: bool, at: float) -> None:
+        """Note what is certain from `at` on."""
+        if held != replica.held or replica.order is not None:
+            replica.since = at
+        replica.held, replica.known_at, replica.order = held, at, None
+        if held:
+            replica.failures, replica.retry_at, replica.cause = 0, NEVER, ""
+            return
+        if replica.is_condemned:  # what the host loads next may be as bad: others are tried first
+            replica.failures = replica.setbacks - 1
+            self._load_failed(replica, replica.doubt, at)
+        replica.doubt, replica.is_condemned = "", False
+
+    def doubted(self, host: HostId, expert: ExpertId, cause: str, now: float) -> bool:
+        """A replica is not to be used until it was verified: whether it was, up to now."""
+        replica = self._ready(host, expert)
+        if replica is None:
+            return False
+        replica.doubt, replica.since = cause, now
+        return True
+
+    def cleared(self, host: HostId, expert: ExpertId, now: float) -> None:
+        """The doubt about a replica was unfounded."""
+        replica = self._held(host, expert)
+        if replica is not None and replica.doubt and not replica.is_condemned:
+            replica.doubt, replica.since = "", now
+
+    def condemned(self, host: HostId, expert: ExpertId, cause: str, now: float) -> bool:
+        """A replica answers wrongly, and will until it is loaded anew: whether that is news."""
+        replica = self._held(host, expert)
+        if replica is None or replica.is_condemned:
+            return False
+        replica.doubt, replica.is_condemned, replica.since = cause, True, now
+        replica.setbacks += 1
+        return True
+
+    def _held(self, host: HostId, expert: ExpertId) -> _Replica | None:
+        known = self._hosts.get(host)
+        replica = known.replicas.get(expert) if known is not None else None
+        return replica if replica is not None and replica.held else None
+
+    def _ready(self, host: HostId, expert: ExpertId) -> _Replica | None:
+        replica = self._held(host, expert)
+        return replica if replica is not None and replica.order is None and not replica.doubt else None
+
     def adopt(self, epoch: int, replicas: Mapping[ExpertId, tuple[HostId, ...]], now: float) -> None:
         """The placement that a controller before this one published last."""
         if epoch > self._newest_epoch or (epoch == self._newest_epoch and not self._published):
             self._newest_epoch = epoch
             self._published = [Published(epoch=epoch, at=now, replicas=replicas)]
+            self._settles_at = self._orders_past_at  # no router need be asked which epoch comes next
 
     def router_uses(self, router: str, epoch: int, now: float) -> None:
         """A router holds this placement, or is being sent it and holds none yet. It is heard of once per lease."""
@@ -172,6 +229,7 @@ class Ledger:
         if epoch > self._newest_epoch:  # a controller before this one published it; what we adopted is older still
             self._newest_epoch = epoch
             self._published = []
+            self._settles_at = self._routers_known_at
 
     def router_left(self, router: str) -> None:
         """A router has ended."""
@@ -187,7 +245,7 @@ class Ledger:
             hosts={id_: _picture(id_, host) for id_, host in self._hosts.items()},
             published=tuple(self._published),
             newest_epoch=self._newest_epoch,
-            oldest_epoch=oldest if now >= self._settles_at else 0,
+            oldest_epoch=oldest if now >= self._routers_known_at else 0,
             is_settled=now >= self._settles_at and all(host.asked_at >= self._settles_at for host in serving),
             layer_shapes=self._layer_shapes,
         )
@@ -210,15 +268,6 @@ class Ledger:
         return oldest
 
 
-def _settle(replica: _Replica, *, held: bool, at: float) -> None:
-    """Note what is certain from `at` on."""
-    if held != replica.held or replica.order is not None:
-        replica.since = at
-    replica.held, replica.known_at, replica.order = held, at, None
-    if held:
-        replica.failures, replica.retry_at, replica.cause = 0, NEVER, ""
-
-
 def _picture(id_: HostId, host: _Host) -> HostState:
     replicas = {expert: _replica(replica) for expert, replica in sorted(host.replicas.items()) if _exists(replica)}
     return HostState(id=id_, status=host.status(), since=host.since, slots=host.slots, replicas=replicas)
@@ -232,6 +281,9 @@ def _replica(replica: _Replica) -> Replica:
     if replica.order is not None:
         status = ReplicaStatus.LOADING if isinstance(replica.order, Load) else ReplicaStatus.DROPPING
         until = replica.order.deadline
+    elif replica.doubt:
+        status = ReplicaStatus.CONDEMNED if replica.is_condemned else ReplicaStatus.QUARANTINED
+        return Replica(status=status, since=replica.since, cause=replica.doubt)
     elif replica.held:
         return Replica(status=ReplicaStatus.READY, since=replica.since)
     else:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expertmesh.control.scaling import PoolHost
-from expertmesh.control.standby import Standby
+from expertmesh.control.standby import Prepared, Standby
 from expertmesh.control.state import HostStatus, ReplicaStatus
-from expertmesh.errors import ReplicaUnavailableError
+from expertmesh.errors import ExpertMeshError, ReplicaUnavailableError
 from expertmesh.ids import HostId
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from expertmesh.control.ledger import Ledger
     from expertmesh.control.load import LoadMeter
     from expertmesh.control.speed import SpeedMeter
-    from expertmesh.control.standby import Prepared
     from expertmesh.control.state import HostState
     from expertmesh.control.tasks import Tasks
     from expertmesh.hosts.configuration import HostConfiguration
@@ -77,6 +76,7 @@ class Members:
         """`changed` is called when there is something new to act on: a host has come or gone."""
         self._cluster = cluster
         self._connect = connect
+        self._configuration = configuration
         self.standby = Standby(cluster, connect, configuration)
         self._ledger = ledger
         self._meter = meter
@@ -120,13 +120,29 @@ class Members:
         await self.ask(prepared.running.info.id)
         self._changed()
 
-    async def take_over(self, running: RunningHost) -> None:
-        """A host that a controller before this one started."""
-        number = running.info.id.rpartition("-")[2]
+    async def take_over(self, running: RunningHost, *, stood_by: bool) -> None:
+        """A host that a controller before this one started; it stands by again if it did and holds nothing."""
+        host = running.info.id
+        number = host.rpartition("-")[2]
         if number.isdecimal():
             self.named[running.pool] = max(self.named.get(running.pool, 0), int(number) + 1)
-        self._welcome(running, self._connect(running.info))
-        await self.ask(running.info.id)
+        control = self._connect(running.info)
+        try:
+            async with asyncio.timeout(UNREACHABLE_S):
+                statistics = await control.statistics()
+                if not statistics.slots:  # that controller died while it started the host
+                    await control.configure(self._configuration)
+        except (ReplicaUnavailableError, TimeoutError):
+            stood_by = False
+        except ExpertMeshError as error:
+            self._journal.add("failed", f"start of {host}: {error}", host=host)
+            await self._cluster.stop(host)
+            return
+        if stood_by and not statistics.replicas:
+            self._tasks.start(self.standby.keep(Prepared(running, control)))
+            return
+        self._welcome(running, control)
+        await self.ask(host)
 
     def _welcome(self, running: RunningHost, control: HostControl) -> None:
         now = self._clock.monotonic()

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from expertmesh.control.actions import Drop, Publish, StopHost
-from expertmesh.control.state import HostStatus
+from expertmesh.control.state import HostStatus, ReplicaStatus
 from expertmesh.control.view import View, held
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ class Publication:
         for host, experts in self._affordable(named, spare).items():
             for expert in experts:
                 named[expert].add(host)
+        doubted = self._observed.doubted
         for expert, hosts in self._observed.current.items():
             if expert not in named:  # one that may answer again is better than none
-                named[expert] = {host for host in hosts if host in self._silent}
+                named[expert] = {host for host in hosts if host in self._silent and (expert, host) not in doubted}
         return {expert: tuple(sorted(named[expert])) for expert in sorted(named) if named[expert]}
 
     def _affordable(
@@ -98,12 +99,25 @@ class Publication:
 
     @cached_property
     def earliest(self) -> float:
-        """When it may be told: at once, if an expert is named where it is not ready, or has become ready at last."""
-        current, ready = self._observed.current, self._view.ready
-        is_urgent = any(expert not in current or not set(current[expert]) <= set(ready[expert]) for expert in ready)
-        if is_urgent or not self._observed.published:
+        """When it may be told: at once, if a replica is named that is gone, or one that was missing is back."""
+        if self._is_urgent or not self._observed.published:
             return self._view.now
         return self._observed.published[-1].at + self._view.limits.publish_every_s
+
+    @property
+    def _is_urgent(self) -> bool:
+        current, ready = self._observed.current, self._view.ready
+        for expert, hosts in current.items():
+            if not set(hosts) <= set(ready.get(expert, self.replicas.get(expert, ()))):
+                return True
+        if any(not current.get(expert) for expert in ready):
+            return True
+        # The copies that keep every expert safe are told of together, once the last of them is there.
+        least = self._view.limits.min_replicas
+        return any(len(current[expert]) < least <= len(self.replicas[expert]) for expert in ready) and all(
+            len(self.replicas.get(expert, ())) >= min(least, len(self._view.desired[expert]))
+            for expert in self._view.desired
+        )
 
     def publish(self) -> Iterator[Publish]:
         """Tell the routers what is due."""
@@ -118,18 +132,23 @@ class Publication:
         return changes + (f"; {missing} experts have none" if missing else "")
 
     def drops(self) -> Iterator[Drop]:
-        """Free the slots of replicas that no router can know of, while routers know of another one that answers."""
+        """Free the slots of replicas that no router can know of, while routers know of another one that answers.
+
+        A condemned one is worth less than none.
+        """
+        deadline = self._view.now + self._view.limits.drop_timeout_s
+        for state in self._view.hosts:
+            for expert, replica in state.replicas.items():
+                is_due = replica.status is ReplicaStatus.CONDEMNED and state.is_serving
+                if is_due and not self._may_be_used(expert, state.id):
+                    yield Drop(host=state.id, expert=expert, deadline=deadline, why=replica.cause)
         for expert, host in self.retired():
             others = self.replicas[expert]
             if self._observed.newest_epoch:
                 others = tuple(other for other in others if self._view.is_named(expert, other))
             if others and not self._may_be_used(expert, host):
-                yield Drop(
-                    host=host,
-                    expert=expert,
-                    deadline=self._view.now + self._view.limits.drop_timeout_s,
-                    why=f"not wanted here, and ready on {', '.join(others)}",
-                )
+                why = f"not wanted here, and ready on {', '.join(others)}"
+                yield Drop(host=host, expert=expert, deadline=deadline, why=why)
 
     def retired(self) -> Iterator[tuple[ExpertId, HostId]]:
         """The ready replicas that no placement should name."""

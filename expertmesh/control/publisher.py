@@ -1,11 +1,13 @@
 """What routers are told: placements made from memberships, with how to reach each host and how fast it is.
 
-Owns the current placement. Its invariant: the note for the next controller never knows less than a router does.
+Owns the current placement. Its invariant: the note for the next controller never knows less than a router does, unless
+there is nowhere to keep it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from expertmesh.clock import Clock
     from expertmesh.control.cluster import Cluster
     from expertmesh.control.members import Members
+    from expertmesh.control.note import Memory
     from expertmesh.control.speed import SpeedMeter
     from expertmesh.control.state import Observed
     from expertmesh.ids import ExpertId, HostId
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 MODELS_CHANGED = 0.1
 """Routers are told anew how fast hosts are when a launch on one has come to take longer or shorter by this part."""
 MODELS_EVERY_S = 2.0
+SAVE_TIMEOUT_S = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -50,18 +56,45 @@ class Publisher:
         self._published = published
         self._published_at = 0.0
         self._turns = asyncio.Lock()
+        self._note: Note | None = None
         self.current: Placement | None = None
 
-    async def publish(self, action: Publish, named: Mapping[str, int]) -> None:
-        """Make it the current placement; in the order of the calls. `named` is for the note."""
+    async def told(self) -> None:
+        """Return once what is being published is."""
+        await asyncio.sleep(0)  # a publication that was just begun takes its turn first
         async with self._turns:
-            await self._cluster.save(Note(epoch=action.epoch, replicas=action.replicas, named=named).to_bytes())
+            return
+
+    async def publish(self, action: Publish, memory: Memory) -> None:
+        """Make it the current placement; in the order of the calls. `memory` is for the note."""
+        async with self._turns:
+            await self._save(Note(epoch=action.epoch, replicas=action.replicas, memory=memory))
             self.current = self._placement(action.epoch, action.replicas)
             self._published_at = self._clock.monotonic()
             self._published()
 
+    async def remember(self, memory: Memory) -> None:
+        """Keep this for the next controller, if it is new."""
+        async with self._turns:
+            if self._note is not None and self._note.memory != memory:
+                await self._save(replace(self._note, memory=memory))
+
+    async def _save(self, note: Note) -> None:
+        """Keep the note, unless the cluster cannot just now: routers wait for no head that is away."""
+        self._note = note
+        try:
+            async with asyncio.timeout(SAVE_TIMEOUT_S):
+                await self._cluster.save(note.to_bytes())
+        except TimeoutError:
+            logger.warning("the note for the next controller could not be kept")
+
+    def remembers(self, memory: Memory) -> bool:
+        """Whether the note says so."""
+        return self._note is not None and self._note.memory == memory
+
     def adopt(self, note: Note) -> None:
         """What a controller before this one published last is current still."""
+        self._note = note
         self.current = self._placement(note.epoch, note.replicas)
         self._published()
 

@@ -21,6 +21,7 @@ from expertmesh.placement import HostInfo
 if TYPE_CHECKING:
     from expertmesh.config import PoolSection
     from expertmesh.ids import HostId
+    from expertmesh.tls import TlsFiles
 
 NAMESPACE = "expertmesh"
 RACK_LABEL = "rack"
@@ -30,11 +31,16 @@ RACK_LABEL = "rack"
 class RayCluster:
     """Starts each host as an actor with its pool's resources; Ray finds, or brings, the node. See `cluster.Cluster`."""
 
-    def __init__(self, mesh: str, token: str, *, loopback: bool) -> None:
-        """`mesh` names the mesh whose hosts these are. `loopback` hosts can be reached from their own machine only."""
+    def __init__(
+        self, mesh: str, token: str, *, loopback: bool, tls: TlsFiles | None = None, faults: bool = False
+    ) -> None:
+        """`mesh` names the mesh whose hosts these are. `loopback` hosts can be reached from their own machine only.
+        With `faults` they may be broken on purpose."""
         self._mesh = mesh
         self._token = token
         self._loopback = loopback
+        self._faults = faults
+        self._tls = tls
         self._actors: dict[HostId, Any] = {}
 
     async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
@@ -59,6 +65,8 @@ class RayCluster:
                 memory_share=min(1.0, pool.gpus) if pool.gpus else 1 / pool.most_hosts,
                 threads=max(1, int(pool.cpus)),
                 loopback=self._loopback,
+                faults=self._faults,
+                tls=self._tls,
             )
         )
         self._actors[host] = actor

@@ -37,6 +37,8 @@ class Steps:
     """Why neither these steps nor time will lead to what is wanted, if so. Want something else, such as what is."""
     remaining: int
     """Replicas that are wanted and not ready, and those that are held and not wanted."""
+    is_urgent: bool = False
+    """Whether experts are short of the copies that keep them safe."""
     wake_at: float
     """When time alone may allow more; inf: never."""
 
@@ -56,6 +58,10 @@ def reconcile(desired: Mapping[ExpertId, Sequence[HostId]], observed: Observed, 
         actions=tuple(actions),
         blocked=() if is_waiting else tuple(loading.blocked()),
         remaining=_remaining(view),
+        is_urgent=any(
+            len(view.ready.get(expert, ())) < min(limits.min_replicas, len(hosts))
+            for expert, hosts in view.desired.items()
+        ),
         wake_at=_wake_at(view, publication),
     )
 

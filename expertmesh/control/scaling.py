@@ -11,6 +11,7 @@ from math import exp
 from typing import TYPE_CHECKING
 
 from expertmesh.control.capacity import missing_slots
+from expertmesh.control.note import Size
 from expertmesh.control.state import HostStatus
 from expertmesh.errors import BusyError, ConfigError
 
@@ -294,6 +295,22 @@ class Scaler:
     def auto(self, name: str) -> None:
         """Have a pool follow its load again. Raises ConfigError."""
         self._known(name).manual = False
+
+    def sizes(self) -> dict[str, Size]:
+        """How many hosts every pool is to have, as far as that is known."""
+        return {
+            name: Size(hosts=pool.wanted, is_manual=pool.manual)
+            for name, pool in self._pools.items()
+            if pool.wanted is not None
+        }
+
+    def recall(self, sizes: Mapping[str, Size]) -> None:
+        """What a scaler before this one had decided, as far as the pools' limits still allow it."""
+        for name, size in sizes.items():
+            if (pool := self._pools.get(name)) is not None:
+                pool.wanted = min(max(size.hosts, pool.policy.min_hosts), pool.policy.max_hosts)
+                pool.manual = size.is_manual
+                pool.why = "so many were wanted before the controller was replaced"
 
     def start_failed(self, name: str, now: float) -> None:
         """A host of a pool could not be started: wait before the next attempt, each time longer."""

@@ -61,13 +61,24 @@ class Standby:
         there = Counter(idle.running.pool for idle in self._idle.values()) + self._coming
         return [pool for pool in pools for _ in range(pool.standby - there[pool.name])]
 
+    @property
+    def hosts(self) -> frozenset[HostId]:
+        """Those that are ready."""
+        return frozenset(self._idle)
+
     async def add(self, host: HostId, pool: PoolSection) -> None:
         """Start one for later, and keep it until it ends or is taken. Raises what went wrong."""
         self._coming[pool.name] += 1
         try:
-            self._idle[host] = await self.prepare(host, pool)
+            prepared = await self.prepare(host, pool)
         finally:
             self._coming[pool.name] -= 1
+        await self.keep(prepared)
+
+    async def keep(self, prepared: Prepared) -> None:
+        """Have a host that holds nothing stand by until it ends or is taken."""
+        host = prepared.running.info.id
+        self._idle[host] = prepared
         await self._cluster.ended(host)
         if (ended := self._idle.pop(host, None)) is not None:
             await ended.control.close()

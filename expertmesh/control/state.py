@@ -39,6 +39,10 @@ class ReplicaStatus(StrEnum):
     """A drop was ordered, so it may vanish at any moment."""
     FAILED = "failed"
     """Not held: the last load failed."""
+    QUARANTINED = "quarantined"
+    """Held, and doubted: no placement is to name it until it was verified."""
+    CONDEMNED = "condemned"
+    """Held, and known to answer wrongly: to be dropped, and loaded anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,7 @@ class Replica:
     failures: int = 0
     """Loads that failed in a row."""
     cause: str = ""
-    """Of the last failure."""
+    """Of the last failure, or of the doubt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +112,27 @@ class Observed:
         if self.newest_epoch == 0:
             return True
         return bool(self.published) and self.published[0].epoch <= self.oldest_epoch
+
+    @property
+    def doubted(self) -> frozenset[tuple[ExpertId, HostId]]:
+        """The replicas that are held and not to be used."""
+        statuses = (ReplicaStatus.QUARANTINED, ReplicaStatus.CONDEMNED)
+        return frozenset(
+            (expert, host.id)
+            for host in self.hosts.values()
+            for expert, replica in host.replicas.items()
+            if replica.status in statuses
+        )
+
+    def banned(self, now: float) -> set[tuple[ExpertId, HostId]]:
+        """The replicas that cannot be had just now, as the last load failed or what it loaded was wrong."""
+        return {
+            (expert, host.id)
+            for host in self.hosts.values()
+            for expert, replica in host.replicas.items()
+            if replica.status is ReplicaStatus.CONDEMNED
+            or (replica.status is ReplicaStatus.FAILED and replica.until > now)
+        }
 
     def shape(self, expert: ExpertId) -> int:
         """The pool of slots that an expert goes to."""

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from expertmesh.control.capacity import missing_slots
-from expertmesh.control.planner import HostSupply, PlanOptions, plan
+from expertmesh.control.detours import around
+from expertmesh.control.planner import Change, HostSupply, PlanOptions, plan
 from expertmesh.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-    from expertmesh.control.planner import Change
+    from expertmesh.control.planner import Plan
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.ids import ExpertId, HostId
 
@@ -50,10 +51,12 @@ def plan_experts(
     loads: Sequence[Sequence[float]],
     current: Mapping[ExpertId, tuple[HostId, ...]],
     options: PlanOptions,
+    banned: Collection[tuple[ExpertId, HostId]] = (),
 ) -> Wanted:
     """Plan every shape of experts on its own: shapes share no slots, and a layer has one shape.
 
-    Loads that are all 0 are taken to be all equal. Raises ConfigError when something does not fit.
+    `banned` names experts with hosts that cannot have them just now: others are taken where there are any. Loads that
+    are all 0 are taken to be all equal. Raises ConfigError when something does not fit.
     """
     _check_room(configuration, hosts, options.min_replicas)
     replicas: dict[ExpertId, tuple[HostId, ...]] = {}
@@ -68,8 +71,9 @@ def plan_experts(
         inventory = [replace(supply.host, slots=supply.slots[shape]) for supply in hosts]
         held = {e: at for e, at in current.items() if configuration.layer_specs[e.layer] == shape}
         planned = plan(of_shape, inventory, held, options)
-        replicas |= planned.replicas
-        changes += planned.reasons
+        of_plan = around(planned.replicas, banned, {supply.host.host: supply.slots[shape] for supply in hosts})
+        replicas |= of_plan
+        changes += _with_detours(planned, of_plan, held)
         survives.append(planned.survives)
         ratios += [slow / ideal for slow, ideal in zip(planned.max_time, planned.ideal, strict=True) if ideal]
     order = ("nothing", "host", "node", "rack")
@@ -79,6 +83,29 @@ def plan_experts(
         survives=min(survives, key=order.index),
         changes=tuple(changes),
     )
+
+
+def _with_detours(
+    planned: Plan, replicas: Mapping[ExpertId, tuple[HostId, ...]], held: Mapping[ExpertId, tuple[HostId, ...]]
+) -> list[Change]:
+    """The changes that lead to `replicas`, which differ from the planned ones in what was banned."""
+    changes = [
+        change
+        for change in planned.reasons
+        if (change.what == "add") == (change.host in replicas.get(change.expert, ()))
+    ]
+    for expert, hosts in replicas.items():
+        if hosts is planned.replicas[expert] or hosts == planned.replicas[expert]:
+            continue
+        told = {change.host for change in changes if change.expert == expert}
+        before = held.get(expert, ())
+        why = f"it cannot be on {', '.join(sorted(set(planned.replicas[expert]) - set(hosts)))} now"
+        changes += [
+            Change(expert=expert, host=host, what="add" if host in hosts else "retire", why=why)
+            for host in sorted(set(hosts) ^ set(before))
+            if host not in told
+        ]
+    return changes
 
 
 def _check_room(configuration: HostConfiguration, hosts: Sequence[Supply], min_replicas: int) -> None:

@@ -15,11 +15,14 @@ import torch
 from pydantic import ByteSize, TypeAdapter
 
 from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
+from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.credentials import shared_token
 from expertmesh.errors import ExpertMeshError
+from expertmesh.hosts.faults import Faults
 from expertmesh.hosts.host import Host, MakeKernel
 from expertmesh.hosts.process import HostServer, available_memory
 from expertmesh.kernels import make_kernel
+from expertmesh.tls import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,20 +36,28 @@ def main(make: MakeKernel = make_kernel, prepare: Callable[[Host], None] | None 
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda[:N]"')
     parser.add_argument("--memory", default=None, help="for experts, such as 2GiB; default: most of what is free")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a launch")
+    parser.add_argument(
+        "--faults", action="store_true", help="let whoever has the token break it, to test what happens"
+    )
+    parser.add_argument("--tls", nargs=3, metavar=("CA", "CERTIFICATE", "KEY"), help="files in PEM; default: no TLS")
     arguments = parser.parse_args()
     try:
         token = shared_token()
     except ExpertMeshError as error:
         parser.error(str(error))
 
+    tls = TlsFiles(**dict(zip(("ca", "certificate", "key"), arguments.tls, strict=True))) if arguments.tls else None
     keep_freed_memory(LAUNCH_BYTES)
     torch.set_num_threads(arguments.threads)
     memory = TypeAdapter(ByteSize).validate_python(arguments.memory) if arguments.memory else None
-    host = Host(memory or available_memory(arguments.device), arguments.device, make)
+    faults = Faults(SYSTEM_CLOCK) if arguments.faults else None
+    host = Host(
+        memory or available_memory(arguments.device), arguments.device, faults.kernels(make) if faults else make
+    )
     if prepare is not None:
         prepare(host)
     try:
-        server = HostServer(host, token, bind=arguments.bind, port=arguments.port)
+        server = HostServer(host, token, bind=arguments.bind, port=arguments.port, tls=tls, faults=faults)
     except ExpertMeshError as error:
         parser.error(str(error))
     ready = {"address": server.address, "socket": server.socket, "process_id": os.getpid()}

@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
+
+if TYPE_CHECKING:
+    from expertmesh.tls import TlsFiles
 
 LEASE_S = 60.0
 """A host that no router is connected to and no controller asks for so long ends itself."""
@@ -31,15 +34,21 @@ class HostActor:
         memory_share: float,
         threads: int,
         loopback: bool,
+        tls: TlsFiles | None = None,
+        faults: bool = False,
         lease_s: float = LEASE_S,
     ) -> None:
-        """`memory_bytes` None takes `memory_share` of what is free. `loopback` listens to this machine only."""
+        """`memory_bytes` None takes `memory_share` of what is free. `loopback` listens to this machine only. With
+        `faults` it may be broken on purpose."""
         _import_politely("expertmesh.hosts.process")
         import torch
 
         from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
+        from expertmesh.clock import SYSTEM_CLOCK
+        from expertmesh.hosts.faults import Faults
         from expertmesh.hosts.host import Host
         from expertmesh.hosts.process import HostServer, available_memory
+        from expertmesh.kernels import make_kernel
 
         keep_freed_memory(LAUNCH_BYTES)
         torch.set_num_threads(threads)
@@ -47,7 +56,9 @@ class HostActor:
         memory = memory_bytes or int(available_memory(device) * memory_share)
         self._name = name
         self._pool = pool
-        self._server = HostServer(Host(memory, device), token, bind=address)
+        broken = Faults(SYSTEM_CLOCK) if faults else None
+        host = Host(memory, device, broken.kernels(make_kernel) if broken else make_kernel)
+        self._server = HostServer(host, token, bind=address, tls=tls, faults=broken)
         self._never = threading.Event()
         threading.Thread(target=self._end_when_abandoned, args=(lease_s,), daemon=True).start()
 

@@ -63,20 +63,26 @@ class Host:
 
         Memory is divided among shapes by what all their experts would take. Raises ConfigError when it holds none.
         """
+        for spec in configuration.specs:
+            # To learn what a slot takes packed, one is packed: only where that can fit.
+            if spec.num_bytes > self.memory_bytes:
+                raise self._too_small(spec.num_bytes)
         sizes = [self.bytes_per_slot(spec) for spec in configuration.specs]
         needs = [configuration.num_experts(i) * size for i, size in enumerate(sizes)]
         share = min(1.0, self.memory_bytes / sum(needs))
         slots = tuple(int(configuration.num_experts(i) * share) for i in range(len(needs)))
         if not all(slots):
-            raise ConfigError(
-                f"a host with memory of {self.memory_bytes:,} bytes holds no expert: one takes {max(sizes):,} bytes"
-            )
+            raise self._too_small(max(sizes))
         self._pools = ()
         self._pools = tuple(
             SlotPool(self._make(spec, n, self._device)) for spec, n in zip(configuration.specs, slots, strict=True)
         )
         self.configuration = configuration
         return slots
+
+    def _too_small(self, slot: int) -> ConfigError:
+        memory = f"memory of {self.memory_bytes:,} bytes"
+        return ConfigError(f"a host with {memory} holds no expert: one takes {slot:,} bytes")
 
     def bytes_per_slot(self, spec: ExpertSpec) -> int:
         """What one expert takes on this host's device, packing included."""
@@ -96,6 +102,12 @@ class Host:
     def drop(self, expert: ExpertId) -> None:
         """Free a replica's slot. Idempotent."""
         self._pool(expert.layer).drop(expert)
+
+    def answer(self, expert: ExpertId, x_RH: torch.Tensor) -> torch.Tensor:
+        """A replica's y_RH for rows that count for no one's load. Raises NotHeldError."""
+        pool = self._pool(expert.layer)
+        (slot,) = pool.slots_of(expert.layer, [expert.index])
+        return pool.kernel.run(x_RH, torch.arange(len(x_RH)), torch.full((len(x_RH),), slot))
 
     def prepare(self, request: LayerRequest) -> Work:
         """Find the slots that a request needs. Raises NotHeldError."""

@@ -16,22 +16,36 @@ from expertmesh.transport.loop import LoopThread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
     from types import TracebackType
 
+    from expertmesh.hosts.faults import Faults
     from expertmesh.hosts.host import Host
+    from expertmesh.tls import TlsFiles
 
 
 class HostServer:
     """A host and its gRPC server on an event loop in a thread, from construction to `close`."""
 
-    def __init__(self, host: Host, token: str, *, bind: str = "127.0.0.1", advertise: str = "", port: int = 0) -> None:
-        """Listen at `bind`; routers reach it at `advertise` (the bound address unless given).
+    def __init__(
+        self,
+        host: Host,
+        token: str,
+        *,
+        bind: str = "127.0.0.1",
+        advertise: str = "",
+        port: int = 0,
+        tls: TlsFiles | None = None,
+        faults: Faults | None = None,
+    ) -> None:
+        """Listen at `bind`; routers reach it at `advertise` (the bound address unless given). `faults`: those of a host
+        that may be broken on purpose.
 
-        Raises ConfigError when the port is taken.
+        Raises ConfigError when the port is taken, or the `tls` files will not do.
         """
         self._thread = LoopThread("expertmesh-host")
         try:
-            self._server = self._thread.run(RunningServer.start(host, token, bind, port))
+            self._server = self._thread.run(RunningServer.start(host, token, bind, port, tls=tls, faults=faults))
         except BaseException:
             self._thread.close()
             raise
@@ -59,14 +73,21 @@ class HostProcess:
         *,
         memory: str = "1GiB",
         threads: int = 1,
+        faults: bool = False,
         module: str = "expertmesh.hosts",
         environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
-        """`module` is run with our environment and `environment`."""
+        """`module` is run with our environment and `environment`, in `folder` if given. With `faults` it may be broken
+        on purpose."""
         command = [sys.executable, "-m", module, "--memory", memory, "--threads", str(threads)]
+        command += ["--faults"] if faults else []
+        if tls is not None:
+            command += ["--tls", tls.ca, tls.certificate, tls.key]
         variables = os.environ | {TOKEN_VARIABLE: token} | dict(environment or {})
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables, cwd=folder, text=True
         )
         assert self._process.stdout is not None
         ready: dict[str, Any] = json.loads(self._process.stdout.readline() or "{}")

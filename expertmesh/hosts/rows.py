@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from expertmesh.hosts.configuration import HostConfiguration
+    from expertmesh.hosts.faults import Faults
     from expertmesh.hosts.host import Host
     from expertmesh.transport import LayerReply
 
-    Respond = Callable[[pb.ExchangeReply, NDArray[np.uint8]], None]
-    """Sends a reply and its rows."""
+    Respond = Callable[[pb.ExchangeReply | None, NDArray[np.uint8]], None]
+    """Sends a reply and its rows. None: there will be none, for a fault that was asked for has hit it."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,13 @@ NO_ROWS = np.empty(0, np.uint8)
 
 
 class RowService:
-    """The exchange's side of a host, on the host's event loop. Whatever a message holds, it gets one reply."""
+    """The exchange's side of a host, on the host's event loop. Whatever a message holds, it gets one reply, unless a
+    fault that was asked for hits it."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, faults: Faults | None = None) -> None:
+        """`faults` stand between the host and the routers, if it was started to be broken."""
         self._host = host
+        self._faults = faults
         self._batcher = Batcher(host.compute)
         self._configuration: HostConfiguration | None = None
         self._decoder: codec.RequestDecoder | None = None
@@ -42,6 +46,11 @@ class RowService:
 
     def submit(self, message: pb.ExchangeRequest, rows: codec.Buffer, respond: Respond) -> None:
         """Answer `message`, whose rows are `rows`, soon or at once."""
+        if self._faults is not None:
+            if (meddled := self._faults.meddle(respond)) is None:
+                respond(None, NO_ROWS)
+                return
+            respond = meddled
         request_id = message.id
 
         def done(outcome: LayerReply | Exception) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
@@ -19,7 +18,10 @@ from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostServicer, add_HostServicer_to_server
 from expertmesh.checkpoint.read import read_expert
 from expertmesh.checkpoint.source import resolve
-from expertmesh.errors import CheckpointError, ConfigError, OutOfSlotsError, ProtocolError
+from expertmesh.errors import CheckpointError, ConfigError, NotHeldError, OutOfSlotsError, ProtocolError
+from expertmesh.fault import FaultKind
+from expertmesh.hosts import selftest
+from expertmesh.hosts.door import TokenCheck, open_port
 from expertmesh.hosts.local_socket import LocalSocket
 from expertmesh.hosts.rows import RowService
 from expertmesh.ids import ExpertId
@@ -32,9 +34,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
+    from expertmesh.checkpoint.recipe import ExpertRecipe
+    from expertmesh.hosts.configuration import HostConfiguration
+    from expertmesh.hosts.faults import Faults
     from expertmesh.hosts.host import Host
+    from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
+    from expertmesh.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -44,23 +52,32 @@ T = TypeVar("T")
 class HostService(HostServicer):
     """Serves one host on one event loop, which is also where it computes."""
 
-    def __init__(self, host: Host, rows: RowService) -> None:
+    def __init__(self, host: Host, rows: RowService, faults: Faults | None = None) -> None:
+        """`faults`: those of a host that was started to be broken."""
         self._host = host
         self._rows = rows
+        self._faults = faults
         self._root: Path | None = None
+        self._read_as: dict[ExpertId, bytes] = {}
+        """The digest of every replica's weights, as they were read."""
         self.asked_at = time.monotonic()
         """When the controller last asked for statistics."""
 
     async def Exchange(
-        self, requests: AsyncIterator[pb.ExchangeRequest], _context: grpc.aio.ServicerContext[Any, Any]
+        self, requests: AsyncIterator[pb.ExchangeRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.ExchangeReply]:
-        loop = asyncio.get_running_loop()
+        await context.send_initial_metadata(())  # the router sends no row before it has been let in
+        answers: asyncio.Queue[pb.ExchangeReply | None] = asyncio.Queue()
         self._rows.connections += 1
         try:
             async for message in requests:
-                reply: asyncio.Future[pb.ExchangeReply] = loop.create_future()
-                self._rows.submit(message, message.rows, functools.partial(_resolve, reply))
-                yield await reply
+                self._rows.submit(message, message.rows, functools.partial(_put, answers))
+                replies = [await answers.get()]
+                while not answers.empty():  # a fault has had it answered twice
+                    replies.append(answers.get_nowait())
+                for reply in replies:
+                    if reply is not None:
+                        yield reply
         finally:
             self._rows.connections -= 1
 
@@ -69,6 +86,7 @@ class HostService(HostServicer):
     ) -> pb.ConfigureReply:
         async def configure() -> pb.ConfigureReply:
             configuration = codec.decode_configuration(message)
+            self._read_as.clear()
             self._root = await asyncio.to_thread(resolve, configuration.checkpoint)
             return pb.ConfigureReply(slots=self._host.configure(configuration))
 
@@ -77,17 +95,50 @@ class HostService(HostServicer):
     async def Load(self, message: pb.LoadRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.LoadReply:
         async def load() -> pb.LoadReply:
             expert, recipe = self._expert(message.layer, message.index), codec.decode_recipe(message)
+            if self._faults is not None and self._faults.hits(FaultKind.FAIL_LOAD):
+                raise CheckpointError(f"expert {expert}: this load was made to fail")
             assert self._host.configuration is not None
             if self._root is None:
                 raise ProtocolError("the host was not told of a checkpoint")
-            if not self._host.holds(expert):
-                # Reading takes milliseconds to seconds and must not hold up the rows that others wait for.
-                spec = self._host.configuration.spec(expert.layer)
-                weights = await asyncio.to_thread(read_expert, self._root, recipe, spec)
-                self._host.write(expert, weights)
-            return pb.LoadReply()
+            if self._host.holds(expert):
+                y_RH = self._answer(expert)
+            else:
+                y_RH = await self._read(expert, recipe, self._root, self._host.configuration)
+            return pb.LoadReply(digest=self._digest(expert, y_RH))
 
         return await _answered(load, context)
+
+    async def _read(self, expert: ExpertId, recipe: ExpertRecipe, root: Path, asked: HostConfiguration) -> torch.Tensor:
+        """Fill a slot, and keep it only if it computes what was read: its answer to the known rows."""
+        # Reading takes milliseconds to seconds and must not hold up the rows that others wait for.
+        weights, expected = await asyncio.to_thread(_read_expert, root, recipe, asked.spec(expert.layer))
+        if self._host.configuration is not asked:
+            raise ProtocolError("the host was configured anew while it read")
+        self._host.write(expert, weights)
+        try:
+            y_RH = self._answer(expert)
+            selftest.check(y_RH, expected)
+        except CheckpointError as error:
+            self._host.drop(expert)
+            files = ", ".join(recipe.files)
+            raise CheckpointError(f"expert {expert}, read from {files} in {root}: {error}") from error
+        self._read_as[expert] = expected.weights
+        return y_RH
+
+    def _answer(self, expert: ExpertId) -> torch.Tensor:
+        """A replica's, to the known rows. Raises NotHeldError."""
+        assert self._host.configuration is not None
+        return self._host.answer(expert, selftest.known_rows(self._host.configuration.spec(expert.layer)))
+
+    def _digest(self, expert: ExpertId, y_RH: torch.Tensor) -> pb.ReplicaDigest:
+        return pb.ReplicaDigest(weights=self._read_as.get(expert, b""), answer=selftest.digest_of(y_RH))
+
+    async def Verify(self, message: pb.VerifyRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.VerifyReply:
+        async def verify() -> pb.VerifyReply:
+            expert = self._expert(message.layer, message.index)
+            return pb.VerifyReply(digest=self._digest(expert, self._answer(expert)))
+
+        return await _answered(verify, context)
 
     async def Drop(self, message: pb.DropRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DropReply:
         async def drop() -> pb.DropReply:
@@ -115,6 +166,17 @@ class HostService(HostServicer):
             at_s=statistics.at_s,
         )
 
+    async def Inject(self, message: pb.InjectRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.InjectReply:
+        if (faults := self._faults) is None:
+            refusal = "this host was not started to be broken: say `faults: true` in the config"
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
+
+        async def inject() -> pb.InjectReply:
+            faults.replace(codec.decode_faults(message), message.seed)
+            return codec.encode_fired(faults.fired)
+
+        return await _answered(inject, context)
+
     def _expert(self, layer: int, index: int) -> ExpertId:
         configuration = self._host.configuration
         if configuration is None:
@@ -124,10 +186,17 @@ class HostService(HostServicer):
         return ExpertId(layer, index)
 
 
-def _resolve(reply: asyncio.Future[pb.ExchangeReply], message: pb.ExchangeReply, rows: NDArray[np.uint8]) -> None:
-    if not reply.cancelled():  # else the router has gone
-        message.rows = rows.tobytes()
-        reply.set_result(message)
+def _read_expert(root: Path, recipe: ExpertRecipe, spec: ExpertSpec) -> tuple[ExpertWeights, selftest.Expected]:
+    weights = read_expert(root, recipe, spec)
+    return weights, selftest.expect(weights, spec)
+
+
+def _put(
+    answers: asyncio.Queue[pb.ExchangeReply | None], reply: pb.ExchangeReply | None, rows: NDArray[np.uint8]
+) -> None:
+    if reply is not None:
+        reply.rows = rows.tobytes()
+    answers.put_nowait(reply)
 
 
 _STATUS = (
@@ -135,6 +204,7 @@ _STATUS = (
     (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
     (OutOfSlotsError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (CheckpointError, grpc.StatusCode.DATA_LOSS),
+    (NotHeldError, grpc.StatusCode.NOT_FOUND),
 )
 
 
@@ -147,27 +217,20 @@ async def _answered(call: Callable[[], Awaitable[T]], context: grpc.aio.Servicer
         await context.abort(status, str(error))
 
 
-class _TokenCheck(grpc.aio.ServerInterceptor):
-    """Ends every call that does not carry the token."""
+class _Deafness(grpc.aio.ServerInterceptor):
+    """While the host is made to be silent, reads nothing but the order that may end it."""
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
-
-        async def refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
-            logger.warning("refused a call from %s: wrong or missing token", context.peer())
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing token")
-
-        self._refuse: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(refuse)
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        given = dict(details.invocation_metadata or ()).get("authorization", "")
-        if isinstance(given, str) and hmac.compare_digest(given.encode(), self._expected):
-            return await continuation(details)
-        return self._refuse
+        if not str(details.method).endswith("/Inject"):
+            await self._faults.wait_heard()
+        return await continuation(details)
 
 
 class RunningServer:
@@ -187,16 +250,25 @@ class RunningServer:
         return 0.0 if self._rows.connections else time.monotonic() - self._service.asked_at
 
     @staticmethod
-    async def start(host: Host, token: str, bind: str = "127.0.0.1", port: int = 0) -> RunningServer:
-        """Serve `host` at once. Raises ConfigError when the port is taken."""
-        rows = RowService(host)
-        server = grpc.aio.server(interceptors=(_TokenCheck(token),), options=SERVER_OPTIONS)
-        service = HostService(host, rows)
+    async def start(
+        host: Host,
+        token: str,
+        bind: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        tls: TlsFiles | None = None,
+        faults: Faults | None = None,
+    ) -> RunningServer:
+        """Serve `host` at once, and as its `faults` let it. Raises ConfigError when the port is taken, or the `tls`
+        files will not do."""
+        rows = RowService(host, faults)
+        interceptors: list[grpc.aio.ServerInterceptor] = [TokenCheck(token)]
+        if faults is not None:
+            interceptors.append(_Deafness(faults))
+        server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        service = HostService(host, rows, faults)
         add_HostServicer_to_server(service, server)
-        try:
-            bound = server.add_insecure_port(f"{bind}:{port}")
-        except RuntimeError as error:
-            raise ConfigError(f"port {port} on {bind} cannot be bound; is it in use?") from error
+        bound = open_port(server, f"{bind}:{port}", tls)
         await server.start()
         running = RunningServer(server, bound, service, rows)
         if (listening := listen()) is not None:

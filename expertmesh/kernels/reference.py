@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from expertmesh.kernels.spec import ExpertSpec
 
 
+MAX_ROWS = 1024
+"""Of a weight that are upcast at a time."""
+
+
 class ReferenceKernel:
     """`ExpertKernel` as plainly as it can be written."""
 
@@ -43,13 +47,22 @@ class ReferenceKernel:
     def run(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
         y_PH = torch.empty(len(row_P), self.spec.hidden)
         for pair, (row, slot) in enumerate(zip(row_P.tolist(), slot_P.tolist(), strict=True)):
-            y_PH[pair] = self._expert(x_TH[row].float(), self._experts[slot])
+            y_PH[pair] = compute_row(self.spec, self._experts[slot], x_TH[row].float())
         return y_PH.to(x_TH.dtype)
 
-    def _expert(self, x_H: Tensor, expert: ExpertWeights) -> Tensor:
-        h_N = expert.w_in @ x_H
-        if expert.b_in is not None:
-            h_N = h_N + expert.b_in
-        a_I = activate(h_N, self.spec.activation, gated=self.spec.gated)
-        y_H = expert.w_out @ a_I
-        return y_H if expert.b_out is None else y_H + expert.b_out
+
+def compute_row(spec: ExpertSpec, expert: ExpertWeights, x_H: Tensor) -> Tensor:
+    """One expert's float32 answer to one float32 row. The weights may be of any dtype."""
+    h_N = _product(expert.w_in, x_H)
+    if expert.b_in is not None:
+        h_N = h_N + expert.b_in
+    a_I = activate(h_N, spec.activation, gated=spec.gated)
+    y_H = _product(expert.w_out, a_I)
+    return y_H if expert.b_out is None else y_H + expert.b_out
+
+
+def _product(w_NK: Tensor, x_K: Tensor) -> Tensor:
+    """In float32, without a float32 copy of all of w_NK."""
+    if w_NK.dtype == torch.float32:
+        return w_NK @ x_K
+    return torch.cat([block.float() @ x_K for block in w_NK.split(MAX_ROWS)])
