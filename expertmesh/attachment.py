@@ -9,7 +9,7 @@ import httpx
 
 from expertmesh.backbone import attach_model
 from expertmesh.credentials import shared_token
-from expertmesh.errors import ConfigError
+from expertmesh.errors import ConfigError, ProtocolError
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.layer import MoeLayer
 from expertmesh.placement import Placement
@@ -18,17 +18,19 @@ from expertmesh.transport.network import NetworkTransport
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from expertmesh.tls import TlsFiles
+
 REFRESH_S = 2.0
 """How often a new placement is asked for."""
 
 
-def attach(model: Any, address: str, *, token: str | None = None) -> Attachment:
+def attach(model: Any, address: str, *, token: str | None = None, tls: TlsFiles | None = None) -> Attachment:
     """Let `model`, a transformers model in memory, compute its experts on the mesh whose gateway is at `address`.
 
     The model's own experts are freed. It must be the mesh's model: same architecture and checkpoint; and the machine
     must reach the hosts. `token` is the mesh's shared token; by default what EXPERTMESH_TOKEN or ~/.expertmesh/token
-    says, which is right where the mesh was started. Until the returned attachment is closed, the model works as before.
-    Raises ConfigError when it and the mesh do not fit.
+    says, which is right where the mesh was started; `tls` are the files that its config names, if any. Until the
+    returned attachment is closed, the model works as before. Raises ConfigError when it and the mesh do not fit.
     """
     token = token or shared_token()
     placement = fetch_placement(address)
@@ -38,7 +40,7 @@ def attach(model: Any, address: str, *, token: str | None = None) -> Attachment:
             f"model: it has {list(backbone.num_experts)} experts per MoE layer, the mesh at {address} "
             f"{list(placement.num_experts)}; attach the model that the mesh serves"
         )
-    exchange = Exchange(NetworkTransport(token), placement)
+    exchange = Exchange(NetworkTransport(token, tls=tls), placement)
     backbone.connect([MoeLayer(exchange, layer) for layer in range(len(placement.num_experts))])
     return Attachment(exchange, address)
 
@@ -81,5 +83,5 @@ def fetch_placement(address: str) -> Placement:
         answer = httpx.get(url, timeout=10)
         answer.raise_for_status()
         return Placement.from_json(answer.json())
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError, ProtocolError) as error:
         raise ConfigError(f"address: no mesh answers at {url}: {error}") from error

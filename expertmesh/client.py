@@ -18,13 +18,29 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def fetch(url: str, path: str) -> Any:
-    """What the mesh at `url` answers to a GET of `path`. Raises ConfigError when nothing does."""
+    """What the mesh at `url` answers to a GET of `path`; with this machine's shared token, if it asks for a key.
+
+    Raises ConfigError when nothing answers.
+    """
     return _answer("GET", url, path)
 
 
-def order(url: str, what: str, **values: Any) -> None:
+def order(url: str, what: str, **values: Any) -> Any:
     """Order something of the mesh at `url`, with this machine's shared token. Raises ConfigError when it refuses."""
-    _answer("POST", url, f"/mesh/{what}", json=values, headers={"authorization": f"Bearer {shared_token()}"})
+    return _answer("POST", url, f"/mesh/{what}", json=values, headers=_authorization())
+
+
+def authorization(url: str) -> dict[str, str]:
+    """The headers that the mesh at `url` wants of those who use it; none when nobody answers, as will be seen."""
+    try:
+        status = _client().get(f"{url.rstrip('/')}/v1/models").status_code
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return {}
+    return _authorization() if status == httpx.codes.UNAUTHORIZED else {}
+
+
+def _authorization() -> dict[str, str]:
+    return {"authorization": f"Bearer {shared_token()}"}
 
 
 @cache
@@ -35,6 +51,8 @@ def _client() -> httpx.Client:
 def _answer(method: str, url: str, path: str, **options: Any) -> Any:
     try:
         answer = _client().request(method, f"{url.rstrip('/')}{path}", **options)
+        if answer.status_code == httpx.codes.UNAUTHORIZED and method == "GET":
+            answer = _client().request(method, f"{url.rstrip('/')}{path}", headers=_authorization())
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise ConfigError(
                 f"token: the mesh at {url} has another; set {TOKEN_VARIABLE} as where it was started, or copy "

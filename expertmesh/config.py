@@ -7,18 +7,24 @@ own section.
 from __future__ import annotations
 
 import difflib
+import math
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from expertmesh.errors import ConfigError
+from expertmesh.errors import ConfigError, one_line
+from expertmesh.tls import TlsFiles
+
+_GREATEST = 2**53
+"""Of all numbers; what is computed with them stays exact, and never overflows."""
 
 
 class Section(BaseModel):
-    """Base of all sections."""
+    """Base of all sections. Numbers are finite: nothing can wait for an infinite time, or share it out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -31,6 +37,13 @@ class Section(BaseModel):
                     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                     raise ValueError(f"unknown key {key!r}; {hint}")
         return values
+
+    @model_validator(mode="after")
+    def _refuse_absurd_numbers(self) -> Self:
+        for name in type(self).model_fields:
+            if isinstance(value := getattr(self, name), int | float) and abs(value) > _GREATEST:
+                raise ValueError(f"{name}: it must be at most {_GREATEST:,}")
+        return self
 
 
 class PoolSection(Section):
@@ -115,6 +128,12 @@ class RouterSection(Section):
     """In one forward pass, prompts included."""
     kv_tokens: int = Field(default=65_536, ge=256)
     """Tokens that the key-value cache holds over all requests."""
+    resume_s: float = Field(default=60, gt=0)
+    """How long a request waits for a router when there is none; then it is answered with 503."""
+    drain_s: float = Field(default=30, gt=0)
+    """How long a router that is replaced may work on; then another goes on with what it has not finished."""
+    surge: bool = True
+    """When a changed config is deployed, start the new routers before the old ones stop; false if both do not fit."""
 
     @model_validator(mode="after")
     def _limits_agree(self) -> RouterSection:
@@ -127,6 +146,14 @@ class RouterSection(Section):
         return self
 
 
+class ApiKey(Section):
+    """One client's key, as `expertmesh key` draws it; only its hash is kept."""
+
+    name: str = Field(min_length=1)
+    """Whose it is."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class GatewaySection(Section):
     """The HTTP ingress."""
 
@@ -134,7 +161,13 @@ class GatewaySection(Section):
     cpus: float = Field(default=0.1, ge=0)
     max_body: ByteSize = ByteSize(4 * 2**20)
     """Of one request; larger ones are answered with 413."""
-    max_ongoing_requests: int = Field(default=512, ge=1)
+    api_keys: tuple[ApiKey, ...] = ()
+    """Who may use the model; by default everyone who reaches the gateway."""
+    max_ongoing_requests: int | None = Field(default=None, ge=1)
+    """HTTP requests at once, of one gateway; by default all that routers have room for, and some to look at the mesh.
+    As many may wait before it; more are answered with 429."""
+    drain_s: float = Field(default=300, gt=0)
+    """How long a gateway that is replaced may go on streaming to its clients."""
 
 
 class ExchangeSection(Section):
@@ -144,6 +177,22 @@ class ExchangeSection(Section):
     """For one layer, waiting for a replica included."""
     attempt_timeout_s: float = Field(default=20, gt=0)
     """For one host's answer; then the rows go to another replica."""
+    hedge_share: float = Field(default=0.05, ge=0, le=1)
+    """Of all requests to hosts, how many may be sent to a second one as well because the first is late. 0: none."""
+    double_check_share: float = Field(default=0, ge=0, le=1)
+    """Of all requests to hosts, how many are computed by a second one as well, to compare: finds devices that compute
+    wrongly without saying so."""
+
+
+class TlsSection(Section):
+    """Files in PEM, at these paths on every node; `expertmesh certs` makes them."""
+
+    ca: str = Field(min_length=1)
+    """The authority whose certificates are trusted."""
+    certificate: str = Field(min_length=1)
+    """This node's, in the name host.expertmesh."""
+    key: str = Field(min_length=1)
+    """The certificate's, which only its owner may read."""
 
 
 class NetworkSection(Section):
@@ -151,6 +200,12 @@ class NetworkSection(Section):
 
     listen: Literal["loopback", "node"] = "loopback"
     """`loopback`: processes of the same machine. `node`: other machines, at the node's address in the cluster."""
+    tls: TlsSection | None = None
+    """Encrypts what goes between machines, and lets only those take part who have a certificate."""
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        return None if self.tls is None else TlsFiles(**self.tls.model_dump())
 
 
 class MeshConfig(Section):
@@ -168,6 +223,8 @@ class MeshConfig(Section):
     gateway: GatewaySection = GatewaySection()
     exchange: ExchangeSection = ExchangeSection()
     network: NetworkSection = NetworkSection()
+    faults: bool = False
+    """Whether who has the token may break hosts, routers and the controller, to test what happens then."""
 
     @model_validator(mode="after")
     def _pools_fit(self) -> MeshConfig:
@@ -181,9 +238,15 @@ class MeshConfig(Section):
         return self
 
     @property
+    def places(self) -> int:
+        """Sequences that one gateway takes on: its share of what all routers have room for."""
+        router = self.router
+        return math.ceil(router.replicas * (router.max_requests + router.max_queue) / self.gateway.replicas)
+
+    @property
     def name(self) -> str:
         """What clients call the model."""
-        return self.served_name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+        return self.served_name or (Path(self.model).name if os.path.isdir(self.model) else self.model)
 
 
 def parse_config(values: dict[str, Any], where: str = "config") -> MeshConfig:
@@ -197,6 +260,6 @@ def parse_config(values: dict[str, Any], where: str = "config") -> MeshConfig:
 def describe(error: ValidationError) -> str:
     """The first problem of a pydantic error in one line: where, what."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
+    place = ".".join(one_line(str(part)) for part in first["loc"])
+    message = one_line(first["msg"].removeprefix("Value error, "))
     return f"{place}: {message}" if place else message

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from expertmesh.cli import bench, decisions, demo, placement, plan, scale, serve, status, top, trace
+from expertmesh.cli import bench, certs, chaos, decisions, demo, key, placement, plan, scale, serve, status, top, trace
 from expertmesh.cli.console import stderr
 from expertmesh.errors import ExpertMeshError
 
@@ -30,8 +30,11 @@ app.command()(scale.scale)
 app.command()(scale.drain)
 app.command()(scale.rebalance)
 app.command()(plan.plan)
+app.command()(certs.certs)
+app.command()(key.key)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
+app.add_typer(chaos.app, name="chaos")
 app.add_typer(trace.app, name="trace")
 
 

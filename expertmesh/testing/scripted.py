@@ -73,7 +73,7 @@ class ScriptedBackend:
         self.requests.append(request)
         self.started.put(request.request_id)
         events: list[TokenEvent] = []
-        previous, count = request.prompt_ids[-1], 0
+        previous, count = request.prompt_ids[-1], request.num_resumed
         try:
             for step in self._script(request):
                 if isinstance(step, Exception):

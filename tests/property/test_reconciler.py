@@ -33,6 +33,15 @@ class Process:
     held: set[ExpertId] = field(default_factory=set)
     by_surprise: set[ExpertId] = field(default_factory=set)
     """Loaded after the controller had given the load up, or by the controller before it."""
+    quarantined: set[ExpertId] = field(default_factory=set)
+    """Held, and not to be used, as far as the controller knows."""
+    condemned: set[ExpertId] = field(default_factory=set)
+    """Those of them that are wrong."""
+
+    def forget(self, expert: ExpertId) -> None:
+        """It is held no more."""
+        for experts in (self.held, self.by_surprise, self.quarantined, self.condemned):
+            experts.discard(expert)
 
 
 @dataclass
@@ -180,8 +189,7 @@ class World(RuleBasedStateMachine):
         if is_late:
             return "too late"
         if isinstance(action, Drop):
-            process.held.discard(action.expert)
-            process.by_surprise.discard(action.expert)
+            process.forget(action.expert)
         else:
             assert process.held <= process.by_surprise, f"{action.host} was stopped while it held {process.held}"
             process.is_alive = False
@@ -255,19 +263,20 @@ class World(RuleBasedStateMachine):
         return steps
 
     def holds(self, host: HostId, expert: ExpertId) -> bool:
-        """Whether a host that the controller does not know to be gone has, or had when it died, a replica to keep."""
+        """Whether a host that the controller does not know to be gone has, or had when it died, a replica to use."""
         dropping = any(
             isinstance(order.action, Drop)
             and (order.action.host, order.action.expert) == (host, expert)
             and self.now < order.action.deadline
             for order in self.orders
         )
-        return host in self.known and expert in self.processes[host].held and not dropping
+        process = self.processes[host]
+        return host in self.known and expert in process.held - process.quarantined and not dropping
 
     def check(self, action: Action) -> None:
         newest = max(self.sent_epoch, *(router.epoch for router in self.routers.values()))
         current = self.placements[newest] if newest else {}
-        if isinstance(action, Drop):
+        if isinstance(action, Drop) and action.expert not in self.processes[action.host].condemned:
             others = [host for host in self.known - {action.host} if self.holds(host, action.expert)]
             assert others, f"{action}: nobody else has it"
             named = current.get(action.expert, ())
@@ -393,6 +402,25 @@ class World(RuleBasedStateMachine):
     def a_host_seems_unreachable(self, data: st.DataObject) -> None:
         self.ledger.host_unreachable(data.draw(st.sampled_from(sorted(self.processes))), self.now)
 
+    @rule(data=st.data())
+    def replicas_are_doubted(self, data: st.DataObject) -> None:
+        for host in sorted(self.known):
+            for expert in data.draw(st.sets(st.sampled_from(EXPERTS), max_size=2)):
+                if self.ledger.doubted(host, expert, "its rows are not finite", self.now):
+                    self.processes[host].quarantined.add(expert)
+
+    @rule(founded=st.sampled_from([True, False]))
+    def doubts_are_settled(self, founded: bool) -> None:
+        for host in sorted(self.known):
+            process = self.processes[host]
+            for expert in sorted(process.quarantined - process.condemned):
+                if founded:
+                    self.ledger.condemned(host, expert, "it answers wrongly", self.now)
+                    process.condemned.add(expert)
+                else:
+                    self.ledger.cleared(host, expert, self.now)
+                    process.quarantined.discard(expert)
+
     @precondition(lambda self: len(self.known) < 5)
     @rule(large=st.booleans())
     def a_host_starts(self, large: bool) -> None:
@@ -414,7 +442,7 @@ class World(RuleBasedStateMachine):
         hosts = st.lists(st.sampled_from([*sorted(self.processes), HostId("nowhere")]), max_size=4)
         self.desired = {expert: tuple(data.draw(hosts)) for expert in data.draw(st.sets(st.sampled_from(EXPERTS)))}
 
-    @rule(adopts=st.sampled_from(["nothing", "the newest", "an old one"]))
+    @rule(adopts=st.sampled_from(["nothing", "the newest"]))
     def the_controller_restarts(self, adopts: str) -> None:
         self.controller += 1
         self.ledger = Ledger(self.limits, self.now, restarted=True)
@@ -427,14 +455,14 @@ class World(RuleBasedStateMachine):
                 self.ledger.host_draining(host, self.now)
         for process in self.processes.values():
             process.by_surprise |= process.held
+            process.quarantined.clear()
+            process.condemned.clear()
         self.sent_epoch = 0
         kept = max(router.epoch for router in self.routers.values())
-        if self.placements and adopts != "nothing":
-            epoch = max(self.placements) if adopts == "the newest" else min(self.placements)
+        if self.placements and adopts == "the newest":
+            epoch = max(self.placements)
             self.ledger.adopt(epoch, self.placements[epoch], self.now)
-            kept = max(kept, epoch)
-            if epoch == max(self.placements):  # an old one may name what is long dropped: no router is to start with it
-                self.sent_epoch = epoch
+            self.sent_epoch = kept = epoch
         # Nobody knows of later ones: their epochs may be used again.
         self.placements = {epoch: replicas for epoch, replicas in self.placements.items() if epoch <= kept}
 
@@ -446,6 +474,7 @@ class World(RuleBasedStateMachine):
         self.answers.clear()
         self.questions.clear()
         self.deaths_are_noticed()
+        self.doubts_are_settled(founded=False)
         rng = random.Random(0)
         while (desired := feasible(rng, self.room(), self.limits.min_replicas)) is None:
             self.start_host(self.slots[0])

@@ -43,6 +43,8 @@ def test_the_models_that_people_ask_for_have_configs() -> None:
             {"experts": {"min_replicas": 3}},
             "config: experts.min_replicas: 3 copies need as many hosts; the pools have 2",
         ),
+        ({"network": {"tls": {"ca": "x", "key": "y"}}}, "config: network.tls.certificate: Field required"),
+        ({"gateway": {"api_keys": [{"name": "a", "sha256": "plain"}]}}, "config: gateway.api_keys.0.sha256: String sh"),
         ({"dtype": "int3"}, "config: dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
     ],
 )

@@ -211,12 +211,21 @@ def test_a_router_that_has_no_placement_yet_uses_none() -> None:
 def test_after_a_restart_nothing_is_settled_before_old_orders_are_past_and_hosts_were_asked_again() -> None:
     book = ledger(E0, restarted=True)
     book.adopt(7, {E0: (A,)}, 1)
+    assert not book.observed(9).is_settled
+    assert not book.observed(11).is_settled
+    book.report(A, SLOTS, [E0], asked_at=11)
+    assert book.observed(12).is_settled
+    assert (book.observed(12).newest_epoch, book.observed(12).oldest_epoch) == (7, 0)
+    assert not book.observed(29).is_history_known
+    assert book.observed(30).is_history_known
+
+
+def test_after_a_restart_without_a_note_routers_must_be_heard_of_before_anything_is_settled() -> None:
+    book = ledger(E0, restarted=True)
+    book.report(A, SLOTS, [E0], asked_at=29)
     assert not book.observed(29).is_settled
-    assert book.observed(29).oldest_epoch == 0
-    assert not book.observed(31).is_settled
     book.report(A, SLOTS, [E0], asked_at=31)
     assert book.observed(32).is_settled
-    assert (book.observed(32).newest_epoch, book.observed(32).oldest_epoch) == (7, 7)
 
 
 def test_what_was_adopted_is_worth_nothing_once_a_router_has_something_newer() -> None:
@@ -230,3 +239,69 @@ def test_what_was_adopted_is_worth_nothing_once_a_router_has_something_newer() -
     assert book.observed(5).published == ()
     book.adopt(7, {E0: (A,)}, 6)
     assert book.observed(7).current == {E0: (A,)}
+
+
+# --- doubts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_doubted_replica_is_ready_again_when_the_doubt_is_cleared() -> None:
+    book = ledger(E0)
+    assert book.doubted(A, E0, "its rows are not finite", 5)
+    replica = book.observed(5).hosts[A].replicas[E0]
+    assert (replica.status, replica.cause) == (ReplicaStatus.QUARANTINED, "its rows are not finite")
+    assert not book.doubted(A, E0, "again", 6)
+    book.report(A, SLOTS, [E0], asked_at=7)
+    assert status(book.observed(7)) is ReplicaStatus.QUARANTINED
+    book.cleared(A, E0, 8)
+    assert status(book.observed(8)) is ReplicaStatus.READY
+
+
+def test_what_is_not_held_or_on_its_way_out_cannot_be_doubted() -> None:
+    book = ledger(E0)
+    assert not book.doubted(A, E1, "", 5)
+    assert not book.doubted(HostId("gone"), E0, "", 5)
+    book.begun(DROP, 5)
+    assert not book.doubted(A, E0, "", 6)
+
+
+def test_a_condemned_replica_stays_so_until_it_is_dropped_and_counts_as_a_failed_load_then() -> None:
+    book = ledger(E0)
+    book.doubted(A, E0, "its rows differ", 5)
+    book.condemned(A, E0, "it answers wrongly", 6)
+    book.cleared(A, E0, 7)
+    assert status(book.observed(7)) is ReplicaStatus.CONDEMNED
+    assert book.observed(7).banned(7) == book.observed(7).doubted == {(E0, A)}
+    book.begun(DROP, 8)
+    assert status(book.observed(8)) is ReplicaStatus.DROPPING
+    book.done(DROP, 9)
+    replica = book.observed(9).hosts[A].replicas[E0]
+    assert (replica.status, replica.cause, replica.until) == (ReplicaStatus.FAILED, "it answers wrongly", 10)
+    assert book.observed(9.5).banned(9.5) == {(E0, A)}
+    assert book.observed(10).banned(10) == set()
+    order = Load(host=A, expert=E0, deadline=40)
+    book.begun(order, 11)
+    book.done(order, 12)
+    assert status(book.observed(12)) is ReplicaStatus.READY
+
+
+def test_a_replica_that_is_condemned_again_and_again_is_loaded_ever_later() -> None:
+    book, now = ledger(E0), 10.0
+    pauses = []
+    for _ in range(4):
+        book.condemned(A, E0, "other weights", now)
+        drop = Drop(host=A, expert=E0, deadline=now + 20)
+        book.begun(drop, now)
+        book.done(drop, now)
+        pauses.append(book.observed(now).hosts[A].replicas[E0].until - now)
+        load = Load(host=A, expert=E0, deadline=now + 40)
+        book.begun(load, now)
+        book.done(load, now)
+    assert pauses == [1, 2, 4, 5]
+
+
+def test_a_drop_of_a_condemned_replica_that_never_happened_leaves_it_condemned() -> None:
+    book = ledger(E0)
+    book.condemned(A, E0, "it answers wrongly", 6)
+    book.begun(DROP, 8)
+    book.report(A, SLOTS, [E0], asked_at=21)
+    assert status(book.observed(22)) is ReplicaStatus.CONDEMNED

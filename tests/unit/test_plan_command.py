@@ -87,7 +87,7 @@ def test_without_json_a_person_can_read_it(run) -> None:
         ({"loads": {"layers": [[1, 2], [3]]}}, "loads: layer 1 has 1 experts and another has 2"),
         ({"loads": {"layers": [[1, "much"]]}}, "layers.0.1: Input should be a valid number"),
         ({"loads": {"layer": [[1]]}}, "unknown key 'layer'; did you mean 'layers'?"),
-        ({"loads": '{"layers": [[NaN]]}'}, "loads: expert 0:0 has nan"),
+        ({"loads": '{"layers": [[NaN]]}'}, "layers.0.0: Input should be a finite number"),
         ({"loads": "["}, "loads.json: Invalid JSON"),
         ({"inventory": {"hosts": [{"host": "a", "slots": 9, "speed": 1}]}}, "hosts.0: unknown key 'speed'"),
         ({"inventory": {"hosts": [{"slots": 9}]}}, "hosts.0.host: Field required"),

@@ -138,6 +138,46 @@ def test_small_changes_are_told_together_and_urgent_ones_at_once() -> None:
 # --- what is never taken away ----------------------------------------------------------------------------------------
 
 
+def test_the_loss_of_an_only_copy_is_told_at_once() -> None:
+    limits = replace(LIMITS, publish_every_s=5)
+    recent = replace(placement(1, a=[E0], b=[E1]), at=NOW - 1)
+    lost = steps({E0: [B], E1: [B]}, picture(host(B, ready(E1)), published=(recent,)), limits)
+    assert published(lost) == {E1: (B,)}
+    told = replace(placement(2, b=[E1]), at=NOW - 1)
+    assert published(steps({E0: [B], E1: [B]}, picture(host(B, ready(E1)), published=(told,)), limits)) is None
+
+
+def test_copies_that_were_short_are_told_of_at_once_when_the_last_of_them_is_there() -> None:
+    limits = replace(LIMITS, publish_every_s=5, min_replicas=2)
+    recent = replace(placement(1, a=[E0, E1]), at=NOW - 1)
+    desired = {E0: [A, B], E1: [A, B]}
+    some = picture(host(A, ready(E0, E1)), host(B, ready(E0) | loading(E1)), published=(recent,))
+    assert published(steps(desired, some, limits)) is None
+    every = picture(host(A, ready(E0, E1)), host(B, ready(E0, E1)), published=(recent,))
+    assert published(steps(desired, every, limits)) == {E0: (A, B), E1: (A, B)}
+
+
+def test_a_replica_in_quarantine_is_not_named_at_once_even_if_there_is_no_other() -> None:
+    limits = replace(LIMITS, publish_every_s=5)
+    recent = replace(placement(1, a=[E0, E1]), at=NOW - 1)
+    for status in (ReplicaStatus.QUARANTINED, ReplicaStatus.CONDEMNED):
+        doubted = {E0: Replica(status=status, since=NOW)}
+        found = steps({E0: [A], E1: [A]}, picture(host(A, ready(E1) | doubted), published=(recent,)), limits)
+        assert published(found) == {E1: (A,)}
+        assert loads(found) == drops(found) == []
+        assert not found.is_converged
+
+
+def test_a_condemned_replica_is_dropped_when_no_router_can_know_of_it_wanted_or_not_alone_or_not() -> None:
+    condemned = {E0: Replica(status=ReplicaStatus.CONDEMNED, since=NOW, cause="it answers wrongly")}
+    old, new = placement(1, a=[E0, E1]), placement(2, a=[E1])
+    observed = picture(host(A, ready(E1) | condemned), published=(old, new), oldest=1)
+    assert drops(steps({E0: [A], E1: [A]}, observed)) == []
+    observed = picture(host(A, ready(E1) | condemned), published=(new,))
+    assert drops(steps({E0: [A], E1: [A]}, observed)) == [(A, E0)]
+    assert drops(steps({E1: [A]}, observed)) == [(A, E0)]
+
+
 def test_the_last_ready_replica_stays_named_and_held_wanted_or_not() -> None:
     observed = picture(host(A, ready(E0)), host(B, {}), published=(placement(1, a=[E0]),))
     for desired in ({}, {E0: []}, {E0: [HostId("nowhere")]}):
