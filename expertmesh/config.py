@@ -178,7 +178,7 @@ class ExchangeSection(Section):
     attempt_timeout_s: float = Field(default=20, gt=0)
     """For one host's answer; then the rows go to another replica."""
     hedge_share: float = Field(default=0.05, ge=0, le=1)
-    """Of all requests to hosts, how many may be sent to a second one as well because the first is late. 0: none."""
+    """Of all requests to hosts, how many may be sent in vain to a second one as well because the first is late."""
     double_check_share: float = Field(default=0, ge=0, le=1)
     """Of all requests to hosts, how many are computed by a second one as well, to compare: finds devices that compute
     wrongly without saying so."""

@@ -32,8 +32,11 @@ class RunningHost:
 class Cluster(Protocol):
     """Starts and stops host processes, and keeps a note for the next controller: ray_cluster."""
 
-    async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
-        """Start one host of a pool, waiting for the machine that it needs. Raises ConfigError when it cannot."""
+    async def start(self, host: HostId, pool: PoolSection, *, is_urgent: bool = True) -> RunningHost:
+        """Start one host of a pool, waiting for the machine that it needs. Raises ConfigError when it cannot.
+
+        One that is not urgent leaves the cores to those that serve.
+        """
         ...
 
     async def running(self) -> list[RunningHost]:

@@ -108,7 +108,8 @@ class Controller:
             if left_s <= 0 or self.start_up.error:
                 return None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._news.wait()
 
     async def suspect(self, router: str, doubts: Sequence[Doubt]) -> None:
         """A router does not trust what these replicas answered."""

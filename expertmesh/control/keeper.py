@@ -229,8 +229,10 @@ class Keeper:
         pause_s = (1.0 if steps.is_urgent else PAUSE_PER_TURN) * (self._now - now)
         await asyncio.sleep(min(ASK_EVERY_S, pause_s))
         pause_s = min(ASK_EVERY_S, max(0.0, steps.wake_at - self._now))
+        # Not wait_for: in Python 3.11 that may lose a cancellation, and then the loop would never end.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), pause_s)
+            async with asyncio.timeout(pause_s):
+                await self._changed.wait()
         return steps
 
     def _reconcile(self, observed: Observed) -> Steps:

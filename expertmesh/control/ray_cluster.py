@@ -43,7 +43,7 @@ class RayCluster:
         self._tls = tls
         self._actors: dict[HostId, Any] = {}
 
-    async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
+    async def start(self, host: HostId, pool: PoolSection, *, is_urgent: bool = True) -> RunningHost:
         """Waits as long as Ray needs to find a node: pending actors are what its autoscaler acts on."""
         options: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0}
         options["scheduling_strategy"] = "SPREAD"  # over machines: they share the work, and do not fail together
@@ -65,6 +65,7 @@ class RayCluster:
                 memory_share=min(1.0, pool.gpus) if pool.gpus else 1 / pool.most_hosts,
                 threads=max(1, int(pool.cpus)),
                 loopback=self._loopback,
+                is_urgent=is_urgent,
                 faults=self._faults,
                 tls=self._tls,
             )

@@ -40,10 +40,10 @@ class Standby:
         self._idle: dict[HostId, Prepared] = {}
         self._coming: Counter[str] = Counter()
 
-    async def prepare(self, host: HostId, pool: PoolSection) -> Prepared:
+    async def prepare(self, host: HostId, pool: PoolSection, *, is_urgent: bool = True) -> Prepared:
         """A new host. Raises what went wrong; nothing is left of it then."""
         try:
-            running = await self._cluster.start(host, pool)
+            running = await self._cluster.start(host, pool, is_urgent=is_urgent)
             control = self._connect(running.info)
             await control.configure(self._configuration)
         except (ExpertMeshError, asyncio.CancelledError):
@@ -70,7 +70,7 @@ class Standby:
         """Start one for later, and keep it until it ends or is taken. Raises what went wrong."""
         self._coming[pool.name] += 1
         try:
-            prepared = await self.prepare(host, pool)
+            prepared = await self.prepare(host, pool, is_urgent=False)
         finally:
             self._coming[pool.name] -= 1
         await self.keep(prepared)

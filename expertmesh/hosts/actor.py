@@ -34,13 +34,14 @@ class HostActor:
         memory_share: float,
         threads: int,
         loopback: bool,
+        is_urgent: bool = True,
         tls: TlsFiles | None = None,
         faults: bool = False,
         lease_s: float = LEASE_S,
     ) -> None:
         """`memory_bytes` None takes `memory_share` of what is free. `loopback` listens to this machine only. With
-        `faults` it may be broken on purpose."""
-        _import_politely("expertmesh.hosts.process")
+        `faults` it may be broken on purpose. Unless it `is_urgent`, it starts with what others leave of the cores."""
+        _import_politely("expertmesh.hosts.process", 5 if is_urgent else 15)
         import torch
 
         from expertmesh.allocator import LAUNCH_BYTES, keep_freed_memory
@@ -85,14 +86,14 @@ class HostActor:
         os._exit(0)  # Ray has no way for an actor to end but within a call, and nobody calls
 
 
-def _import_politely(module: str) -> None:
+def _import_politely(module: str, niceness: int) -> None:
     """Import a module that takes seconds of a core, without taking them from those who serve on this machine.
 
     In a thread of its own, for an ordinary user may lower a thread's priority and not raise it again.
     """
 
     def load() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         importlib.import_module(module)
 
     thread = threading.Thread(target=load)

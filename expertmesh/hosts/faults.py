@@ -106,7 +106,8 @@ class Faults:
         while (silence := self._find(FaultKind.SILENCE)) is not None:
             left_s = self._on[FaultKind.SILENCE][1] - self._clock.monotonic() if silence.seconds else None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
 
     # --- launches ----------------------------------------------------------------------------------------------------
 

@@ -265,6 +265,7 @@ class Exchange:
                 del run.attempts[ticket]
                 if attempt.late_at == NEVER:
                     self.counts.overtaken += 1
+                    self._hedges = min(self._limits.hedges_saved, self._hedges + 1)  # it was worth it
                     self._health.missed(attempt.part.host.id, now)
                 learn = self._learn(attempt.part.host.id, len(attempt.part.pairs))
                 self._asides.watch(ticket, attempt.sent_at, self._limits.attempt_timeout_s, learn)

@@ -34,7 +34,7 @@ class ExchangeLimits:
     retry_s: float = 0.1
     """When no replica is left to ask: how long to wait for a new placement before asking all of them again."""
     hedge_share: float = 0.05
-    """Of all requests to hosts, how many may be sent to a second one as well because the first is late."""
+    """Of all requests to hosts, how many may be sent in vain to a second one as well because the first is late."""
     hedges_saved: float = 8.0
     """So many of them may come at once."""
     double_check_share: float = 0.0

@@ -77,7 +77,7 @@ class ProcessCluster:
         process = HostProcess(self.token, memory=self._memory, faults=self._faults, tls=self._tls, **options)
         return self._stack.enter_context(process)
 
-    async def start(self, host: HostId, pool: PoolSection) -> RunningHost:
+    async def start(self, host: HostId, pool: PoolSection, *, is_urgent: bool = True) -> RunningHost:
         """Lend a process that is idle, or a new one. It is there whatever becomes of who asked for it."""
         if self._idle and self._is_usual(pool.name):
             return self._lend(host, pool.name, self._idle.pop())
