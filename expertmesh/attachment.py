@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from expertmesh.backbone import attach_model
+from expertmesh.client import fetch
 from expertmesh.credentials import shared_token
 from expertmesh.errors import ConfigError, ProtocolError
+from expertmesh.kernels.spec import DTYPES
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.layer import MoeLayer
 from expertmesh.placement import Placement
@@ -27,13 +28,20 @@ REFRESH_S = 2.0
 def attach(model: Any, address: str, *, token: str | None = None, tls: TlsFiles | None = None) -> Attachment:
     """Let `model`, a transformers model in memory, compute its experts on the mesh whose gateway is at `address`.
 
-    The model's own experts are freed. It must be the mesh's model: same architecture and checkpoint; and the machine
-    must reach the hosts. `token` is the mesh's shared token; by default what EXPERTMESH_TOKEN or ~/.expertmesh/token
-    says, which is right where the mesh was started; `tls` are the files that its config names, if any. Until the
-    returned attachment is closed, the model works as before. Raises ConfigError when it and the mesh do not fit.
+    The model's own experts are freed. It must be the mesh's model: same architecture, checkpoint and dtype; and the
+    machine must reach the hosts. `token` is the mesh's shared token; by default what EXPERTMESH_TOKEN or
+    ~/.expertmesh/token says, which is right where the mesh was started; `tls` are the files that its config names, if
+    any. Until the returned attachment is closed, the model works as before. Raises ConfigError when it and the mesh do
+    not fit.
     """
     token = token or shared_token()
-    placement = fetch_placement(address)
+    served = look_up(address)
+    placement, dtype = served.placement, str(model.dtype).removeprefix("torch.")
+    if dtype != served.dtype:
+        raise ConfigError(
+            f"model: it computes in {dtype}, the experts of the mesh at {address} in {served.dtype}; load the model "
+            f"with dtype=torch.{served.dtype}"
+        )
     backbone = attach_model(model)
     if backbone.num_experts != placement.num_experts:
         raise ConfigError(
@@ -58,7 +66,7 @@ class Attachment:
     def _follow(self) -> None:
         while not self._closed.wait(REFRESH_S):
             try:
-                self._exchange.update(fetch_placement(self._address))
+                self._exchange.update(look_up(self._address).placement)
             except ConfigError:
                 continue  # the gateway is away: the last placement stands
 
@@ -77,11 +85,25 @@ class Attachment:
         self.close()
 
 
-def fetch_placement(address: str) -> Placement:
-    url = f"{address.rstrip('/')}/mesh/placement"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a mesh says of its experts: where they are, and what they take and give."""
+
+    placement: Placement
+    hidden: int
+    """Width of a row."""
+    dtype: str
+    """Of a row: one of `kernels.spec.DTYPES`."""
+
+
+def look_up(address: str) -> Served:
+    """Ask the mesh whose gateway is at `address`. Raises ConfigError when none answers."""
+    told = fetch(address, "/mesh/placement")
     try:
-        answer = httpx.get(url, timeout=10)
-        answer.raise_for_status()
-        return Placement.from_json(answer.json())
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError, ProtocolError) as error:
-        raise ConfigError(f"address: no mesh answers at {url}: {error}") from error
+        placement = Placement.from_json(told)
+    except ProtocolError as error:
+        raise ConfigError(f"address: what answers at {address} is no mesh: {error}") from error
+    hidden, dtype = told.get("hidden"), told.get("dtype")
+    if type(hidden) is not int or hidden < 1 or dtype not in DTYPES:
+        raise ConfigError(f"address: the mesh at {address} does not say which rows it takes; is it of this version?")
+    return Served(placement=placement, hidden=hidden, dtype=dtype)

@@ -62,9 +62,11 @@ def _answer(method: str, url: str, path: str, **options: Any) -> Any:
             raise ConfigError(reason)
         answer.raise_for_status()
         return answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"no mesh answers at {url}{path}: {reason}; is it running? (--url says where)") from error
+        raise ConfigError(
+            f"no mesh answers at {url}{path}: {reason}; is it running, and is that its address?"
+        ) from error
 
 
 def _reason(answer: httpx.Response) -> str | None:

@@ -22,14 +22,16 @@ from expertmesh.errors import ConfigError
 
 REFRESH_S = 1.0
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "starting": "cyan", "unreachable": "red", "gone": "red"}
-_VIEWS = ("hosts", "placement", "load", "moves", "decisions")
+_ID_LENGTH = 8
+"""So much of a router's id, its end, tells it from the others."""
+_VIEWS = ("hosts", "routers", "placement", "load", "moves", "decisions")
 
 
 def top(
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Show a mesh live: hosts, the load of every expert and its replicas, what is under way, what was decided and why.
+    """Show a mesh live: hosts, routers, the load of every expert and its replicas, what is under way, what was decided.
 
     Example:
 
@@ -59,11 +61,13 @@ def look(url: str) -> Views:
 def frame(views: Views, width: int, height: int | None = None) -> RenderableType:
     """One picture of a mesh; what there is too much of is cut where `height` lines would not hold it."""
     placed, load, moves = views["placement"], views["load"], views["moves"]
-    room = max(8, height - 12 - len(views["hosts"])) if height else 10**6
+    room = max(8, height - 14 - len(views["hosts"]) - len(views["routers"])) if height else 10**6
     parts: list[RenderableType] = [
         Text.assemble((f"{views['model']}  ", "bold"), summary(placed, load), no_wrap=True),
         Text(),
         host_table(views["hosts"]),
+        Text(),
+        router_table(views["routers"]),
         Text(),
         _heat(placed, load, width, room // 2),
     ]
@@ -91,6 +95,23 @@ def host_table(hosts: list[dict[str, Any]]) -> Table:
             _number(host["rate"]),
             _number(host.get("rows")),
             str(host["pid"]),
+        )
+    return table
+
+
+def router_table(routers: list[dict[str, Any]]) -> Table:
+    """What each router does, and whom it does not trust."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    columns = ("router", "epoch", "running", "waiting", "hedges", "sent again", "heard of", "avoids")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("router", "avoids") else "right")
+    for router in routers:
+        table.add_row(
+            router["id"][-_ID_LENGTH:],
+            str(router["epoch"]),
+            *(_number(router[name]) for name in ("running", "waiting", "hedges", "sent_again")),
+            f"{router['age_s']:.0f} s ago",
+            Text(", ".join(router["avoided"]), style="yellow"),
         )
     return table
 

@@ -174,8 +174,6 @@ def replay(
     as_json: AsJson = False,
     speed: Annotated[float, typer.Option(help="Seconds of the trace in one; `inf` sends without waiting.")] = 1.0,
     tokens: Annotated[int, typer.Option(help="Of a trace of rows: tokens of the exchange for one window.")] = 128,
-    hidden: Annotated[int | None, typer.Option(help="Width of a row. (By default the served checkpoint's.)")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of a row. (By default the served checkpoint's.)")] = None,
     seed: Annotated[int, typer.Option(help="For the rows, and what else is drawn.")] = 0,
 ) -> None:
     """Send a trace's routing to a running mesh's hosts, with random rows.
@@ -186,7 +184,7 @@ def replay(
 
         expertmesh trace replay morning.trace --address http://127.0.0.1:8000 --speed 2
     """
-    from expertmesh.attachment import Attachment, fetch_placement
+    from expertmesh.attachment import Attachment, look_up
     from expertmesh.moe.exchange import Exchange
     from expertmesh.trace.format import TraceReader
     from expertmesh.trace.replay import CountingTransport, ReplayOptions
@@ -195,19 +193,23 @@ def replay(
 
     reader = TraceReader(trace)
     token = shared_token()
-    placement = fetch_placement(address)
+    served = look_up(address)
     model = fetch(address, "/v1/models")["data"][0]
     reader.header.check_fits(
-        num_experts=placement.num_experts, fingerprint=model.get("fingerprint", ""), of=f"the mesh at {address}"
+        num_experts=served.placement.num_experts,
+        fingerprint=model.get("fingerprint", ""),
+        of=f"the mesh at {address}",
     )
-    if hidden is None or dtype is None:
-        known_hidden, known_dtype = _rows_of(model["root"])
-        hidden, dtype = hidden or known_hidden, dtype or known_dtype
     options = ReplayOptions(
-        hidden=hidden, dtype=dtype, top_k=reader.header.top_k, speed=speed, window_tokens=tokens, seed=seed
+        hidden=served.hidden,
+        dtype=served.dtype,
+        top_k=reader.header.top_k,
+        speed=speed,
+        window_tokens=tokens,
+        seed=seed,
     )
     transport = CountingTransport(NetworkTransport(token))
-    exchange = Exchange(transport, placement)
+    exchange = Exchange(transport, served.placement)
     with Attachment(exchange, address), _progress("replaying", None) as step:
         result = run(reader, exchange, options, SYSTEM_CLOCK, threading.Event().wait, step)
     result["rows"] = dict(sorted(transport.rows.items()))
@@ -217,17 +219,6 @@ def replay(
         print_replay(result)
     if result["failures"]:
         raise typer.Exit(1)
-
-
-def _rows_of(checkpoint: str) -> tuple[int, str]:
-    """Width and type of the rows that a checkpoint's experts take. Raises ConfigError when it is not here."""
-    from expertmesh.checkpoint.index import index_checkpoint
-    from expertmesh.checkpoint.source import resolve
-
-    if checkpoint != "tiny" and not Path(checkpoint).is_dir():
-        raise ConfigError(f"hidden, dtype: {checkpoint} is not on this machine, so say --hidden and --dtype")
-    spec = index_checkpoint(resolve(checkpoint)).specs[0]
-    return spec.hidden, spec.dtype
 
 
 @contextlib.contextmanager

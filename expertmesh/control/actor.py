@@ -62,6 +62,9 @@ class ControllerActor:
     async def suspect(self, router: str, doubts: Sequence[Doubt]) -> None:
         await self._controller.suspect(router, doubts)
 
+    async def hear_router(self, router: str, statistics: dict[str, Any]) -> None:
+        await self._controller.hear_router(router, statistics)
+
     async def report(self, what: str) -> Any:
         return await self._controller.report(what)
 

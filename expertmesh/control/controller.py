@@ -116,6 +116,11 @@ class Controller:
         if self._keeper is not None:
             self._keeper.suspect(router, doubts)
 
+    async def hear_router(self, router: str, statistics: dict[str, Any]) -> None:
+        """A router says how it goes, in plain JSON values: as often as it likes, at least once per lease."""
+        if self._keeper is not None:
+            self._keeper.routers.heard(router, statistics)
+
     async def report(self, what: str) -> Any:
         """The JSON behind /mesh/WHAT."""
         return await self._running().report(what)

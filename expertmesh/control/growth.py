@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from expertmesh.ids import HostId
 
 STANDBY_EVERY_S = 5.0
+CALM_S = 10.0
+"""Hosts are started for later, one at a time, when no others have come or gone for so long: to start one takes seconds
+of a core, and those that have just come are there because cores are short."""
 
 
 class Growth:
@@ -56,11 +59,15 @@ class Growth:
         self._changed = changed
         self._starts: dict[HostId, asyncio.Task[None]] = {}
         self._standby_at = 0.0
+        self._busy_until = 0.0
 
     def turn(self, observed: Observed) -> None:
         """Begin what is to be done now."""
         now = self._clock.monotonic()
-        for step in self.scaler.decide(self._members.pools(observed.hosts), now):
+        steps = self.scaler.decide(self._members.pools(observed.hosts), now)
+        if steps or self._starts:
+            self._busy_until = now + CALM_S
+        for step in steps:
             if isinstance(step, StartHost):
                 self._grow(self.pools[step.pool], step.why)
             else:
@@ -69,7 +76,7 @@ class Growth:
         if now >= self._standby_at:
             self._standby_at = now + STANDBY_EVERY_S
             self._tasks.start(self._members.standby.keep_alive())
-            for pool in self._members.standby.missing(self.pools.values()):
+            if now >= self._busy_until and (pool := self._members.standby.next_missing(self.pools.values())):
                 self._tasks.start(self._add_standby(self._members.new_name(pool.name), pool))
 
     def drain(self, host: HostId) -> None:

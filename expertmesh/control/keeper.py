@@ -27,6 +27,7 @@ from expertmesh.control.progress import Watchdog
 from expertmesh.control.publisher import Publisher
 from expertmesh.control.reconciler import reconcile
 from expertmesh.control.reports import Reports
+from expertmesh.control.routers import Routers
 from expertmesh.control.speed import SpeedMeter
 from expertmesh.control.state import HostStatus
 from expertmesh.control.tasks import Tasks
@@ -76,9 +77,11 @@ class Keeper:
         self._cluster = cluster
         self._clock = clock
         self._configuration = configuration_for(index, config.model)
+        self._num_experts = [self._configuration.num_experts(shape) for shape in range(len(self._configuration.specs))]
         self._limits = Limits(min_replicas=config.experts.min_replicas)
         self._options = PlanOptions(min_replicas=config.experts.min_replicas)
         self._journal = Journal(clock)
+        self.routers = Routers(self._limits.router_lease_s, clock)
         self._meter = LoadMeter(self._configuration.layer_experts, half_life_s=config.experts.half_life_s)
         self._speeds = SpeedMeter()
         self._ledger = Ledger(self._limits, self._now, layer_shapes=self._configuration.layer_specs)
@@ -125,6 +128,7 @@ class Keeper:
             self._members, self._growth, self._ledger, self._journal, self._tasks, self._clock, self._plan_soon
         )
         self._reports = Reports(
+            self._configuration,
             self._members,
             self._ledger,
             self._meter,
@@ -132,6 +136,7 @@ class Keeper:
             self._publisher,
             self._journal,
             self._watchdog,
+            self.routers,
             self._clock,
         )
 
@@ -288,10 +293,6 @@ class Keeper:
         self._plan_at = 0.0
         self._changed.set()
 
-    @property
-    def _num_experts(self) -> list[int]:
-        return [self._configuration.num_experts(shape) for shape in range(len(self._configuration.specs))]
-
     # --- carrying out ------------------------------------------------------------------------------------------------
 
     def _begin(self, action: Action, observed: Observed) -> None:
@@ -380,15 +381,12 @@ class Keeper:
         self._journal.add("asked", f"break host {host}: {', '.join(fault.kind for fault in given) or 'no more'}")
         return {"accepted": True, "fired": await self._members[host].control.inject(given, seed)}
 
-    async def leave(self) -> None:
-        """End whatever is under way, and leave the hosts to the controller that follows."""
-        await self._end()
-
     async def stop(self) -> None:
         """End everything, the hosts too."""
-        await asyncio.gather(*(self._cluster.stop(host) for host in await self._end()))
+        await asyncio.gather(*(self._cluster.stop(host) for host in await self.leave()))
 
-    async def _end(self) -> list[HostId]:
+    async def leave(self) -> list[HostId]:
+        """End whatever is under way, and leave the hosts, which are these, to the controller that follows."""
         await self._tasks.cancel()
         return await self._members.leave()
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from expertmesh.control.members import Members
     from expertmesh.control.progress import Watchdog
     from expertmesh.control.publisher import Publisher
+    from expertmesh.control.routers import Routers
     from expertmesh.control.speed import SpeedMeter
+    from expertmesh.hosts.configuration import HostConfiguration
 
 
 class Reports:
@@ -25,6 +27,7 @@ class Reports:
 
     def __init__(
         self,
+        configuration: HostConfiguration,
         members: Members,
         ledger: Ledger,
         meter: LoadMeter,
@@ -32,8 +35,10 @@ class Reports:
         publisher: Publisher,
         journal: Journal,
         watchdog: Watchdog,
+        routers: Routers,
         clock: Clock,
     ) -> None:
+        self._configuration = configuration
         self._members = members
         self._ledger = ledger
         self._meter = meter
@@ -41,17 +46,20 @@ class Reports:
         self._publisher = publisher
         self._journal = journal
         self._watchdog = watchdog
+        self._routers = routers
         self._clock = clock
 
     async def of(self, what: str) -> Any:
-        """Of hosts, placement, load, decisions or moves, as JSON. Of loads and hosts, as of now."""
+        """Of hosts, routers, placement, load, decisions or moves, as JSON. Of loads and hosts, as of now."""
         if what in ("hosts", "load"):
             await asyncio.gather(*(self._members.ask(host) for host in self._members))
         now = self._clock.monotonic()
         if what == "placement":
             if self._publisher.current is None:
                 raise NoControllerError("there is no placement yet; ask again in a moment")
-            return self._publisher.current.to_json()
+            return views.placement(self._publisher.current, self._configuration)
+        if what == "routers":
+            return self._routers.entries()
         if what == "decisions":
             return self._journal.entries()
         if what == "moves":

@@ -56,10 +56,10 @@ class Standby:
         host = next((host for host, idle in self._idle.items() if idle.running.pool == pool), None)
         return None if host is None else self._idle.pop(host)
 
-    def missing(self, pools: Iterable[PoolSection]) -> list[PoolSection]:
-        """The pools that should have one more, each as often as that."""
-        there = Counter(idle.running.pool for idle in self._idle.values()) + self._coming
-        return [pool for pool in pools for _ in range(pool.standby - there[pool.name])]
+    def next_missing(self, pools: Iterable[PoolSection]) -> PoolSection | None:
+        """A pool that should have one more, and to which none is coming yet."""
+        there = Counter(idle.running.pool for idle in self._idle.values())
+        return next((of for of in pools if there[of.name] < of.standby and not self._coming[of.name]), None)
 
     @property
     def hosts(self) -> frozenset[HostId]:

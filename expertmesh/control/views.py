@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from expertmesh.control.planner import Change
     from expertmesh.control.progress import Move
     from expertmesh.control.state import HostState
+    from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.ids import HostId
     from expertmesh.placement import Placement
 
@@ -75,6 +76,12 @@ def load(placement: Placement | None, loads: Sequence[Sequence[float]], rate: Ma
     known = [ratio for ratio in of_layers if ratio is not None]
     mean = sum(known) / len(known) if known else None
     return {"per_second": loads, "imbalance": mean, "imbalance_of_layers": of_layers}
+
+
+def placement(published: Placement, served: HostConfiguration) -> dict[str, Any]:
+    """What /mesh/placement answers: who holds what, and the width and type of the rows that experts take and give."""
+    spec = served.spec(0)  # any layer's: rows are the model's hidden states, which are alike in all of them
+    return published.to_json() | {"hidden": spec.hidden, "dtype": spec.dtype}
 
 
 def change(planned: Change) -> dict[str, Any]:

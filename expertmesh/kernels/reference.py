@@ -65,4 +65,4 @@ def _product(w_NK: Tensor, x_K: Tensor) -> Tensor:
     """In float32, without a float32 copy of all of w_NK."""
     if w_NK.dtype == torch.float32:
         return w_NK @ x_K
-    return torch.cat([block.float() @ x_K for block in w_NK.split(MAX_ROWS)])
+    return torch.cat([block.float() @ x_K for block in torch.split(w_NK, MAX_ROWS)])

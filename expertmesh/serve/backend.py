@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
 
-MeshView = Literal["hosts", "placement", "load", "decisions", "moves"]
+MeshView = Literal["hosts", "routers", "placement", "load", "decisions", "moves"]
 MeshOrder = Literal["scale", "auto", "drain", "rebalance", "fault"]
 
 

@@ -37,6 +37,8 @@ _READY_S = 2.0
 """A router that is there says so in less."""
 _POLL_S = 10.0
 """Well below the time after which the controller takes a silent router to be gone."""
+_TELL_EVERY_S = 1.0
+"""How old what the controller shows of a router may be."""
 
 
 class RouterDeployment:
@@ -47,8 +49,8 @@ class RouterDeployment:
         self._controller = _Controller()
         placement = await self._first_placement()
         self._router = await asyncio.to_thread(Router, MeshConfig.model_validate(config), placement, token)
-        self._follower = asyncio.create_task(self._follow())
-        self._teller = asyncio.create_task(self._tell_doubts())
+        work = (self._follow(), self._tell_doubts(), self._tell_statistics())
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
         self._is_draining = False
         threading.Thread(target=self._end_with_engine, name="router-end", daemon=True).start()
 
@@ -105,6 +107,14 @@ class RouterDeployment:
             with contextlib.suppress(RayActorError, ValueError):
                 await self._controller.ask("suspect", _router_id(), told)
 
+    async def _tell_statistics(self) -> None:
+        """Tell the controller how it goes, for those who look at the mesh."""
+        while True:
+            # Without a controller nobody looks.
+            with contextlib.suppress(RayActorError, ValueError):
+                await self._controller.ask("hear_router", _router_id(), self._router.statistics())
+            await asyncio.sleep(_TELL_EVERY_S)
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
         async for events in self._router.generate(request):
             yield events
@@ -141,8 +151,8 @@ class RouterDeployment:
     async def __del__(self) -> None:
         """Called by Serve after the replica has drained."""
         self._is_draining = True
-        self._follower.cancel()
-        self._teller.cancel()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.to_thread(self._router.close)
 
 

@@ -1,7 +1,7 @@
 """What /metrics says of the mesh behind a gateway: read from the controller's views at each scrape, and kept nowhere.
 
 Knows what the views hold, not how they come about. Invariant: a view that cannot be had takes its figures along, so
-that no figure is older than the scrape.
+that no figure outlives its view.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ ANSWER_S = 5.0
 """Well within the time that Prometheus gives a scrape."""
 
 _PREFIX = "expertmesh_"
+_COUNTS = {
+    "requests": "Requests sent to hosts",
+    "hedges": "Requests sent to a second host because the first was late",
+    "overtaken": "Requests that the second host answered first",
+    "sent_again": "Requests whose host broke off, failed, or did not answer in time",
+    "not_finite": "Replies with NaN or infinities in them",
+    "double_checked": "Replies that were compared with a second host's",
+}
+"""Of what a router says of its exchanges, all that only grows."""
+
+_Values = Iterable[tuple[Sequence[str], float]]
+"""Figures by the values of their labels."""
 
 
 class MeshMetrics(Collector):
@@ -41,8 +53,8 @@ class MeshMetrics(Collector):
         """Ask the mesh. Never raises for want of an answer: `controller_up` is 0 then."""
         try:
             async with asyncio.timeout(ANSWER_S):
-                hosts, placement, load, moves = await asyncio.gather(
-                    *(self._backend.mesh(view) for view in ("hosts", "placement", "load", "moves"))
+                hosts, routers, placement, load, moves = await asyncio.gather(
+                    *(self._backend.mesh(view) for view in ("hosts", "routers", "placement", "load", "moves"))
                 )
         except (ExpertMeshError, TimeoutError):
             self._metrics = [_gauge("controller_up", "Whether the mesh's controller answers", 0)]
@@ -50,6 +62,7 @@ class MeshMetrics(Collector):
         self._metrics = [
             _gauge("controller_up", "Whether the mesh's controller answers", 1),
             *_of_hosts(hosts),
+            *_of_routers(routers),
             *_of_placement(placement),
             *_of_load(load),
             _gauge("moves", "Loads, drops, starts and stops under way", len(moves["moves"])),
@@ -62,11 +75,19 @@ def _of_hosts(hosts: Sequence[dict[str, Any]]) -> Iterable[Metric]:
     yield _family("hosts", "Hosts", ("pool", "state"), count.items())
     busy = [((host["id"],), host["busy"]) for host in hosts if "busy" in host]
     yield _family("host_busy", "Share of its time that a host computes", ("host",), busy)
-    rows = CounterMetricFamily(_PREFIX + "host_rows", "Rows that a host has computed", labels=("host",))
-    for host in hosts:
-        if "rows" in host:
-            rows.add_metric((host["id"],), host["rows"])
-    yield rows
+    rows = [((host["id"],), host["rows"]) for host in hosts if "rows" in host]
+    yield _counter("host_rows", "Rows that a host has computed", ("host",), rows)
+
+
+def _of_routers(routers: Sequence[dict[str, Any]]) -> Iterable[Metric]:
+    for name, what in _COUNTS.items():
+        counts = [((router["id"],), router[name]) for router in routers]
+        yield _counter(f"exchange_{name}", what, ("router",), counts)
+    for name, what in (("running", "Choices that a router generates"), ("waiting", "Choices that wait in a router")):
+        figures = [((router["id"],), router[name]) for router in routers]
+        yield _family(f"router_{name}", what, ("router",), figures)
+    avoided = [((router["id"],), len(router["avoided"])) for router in routers]
+    yield _family("router_avoided_hosts", "Hosts that a router does not trust now", ("router",), avoided)
 
 
 def _of_placement(placement: dict[str, Any]) -> Iterable[Metric]:
@@ -89,10 +110,15 @@ def _gauge(name: str, what: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(_PREFIX + name, what, value=value)
 
 
-def _family(
-    name: str, what: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
-) -> GaugeMetricFamily:
+def _family(name: str, what: str, labels: Sequence[str], values: _Values) -> GaugeMetricFamily:
     family = GaugeMetricFamily(_PREFIX + name, what, labels=labels)
+    for of, value in values:
+        family.add_metric(of, value)
+    return family
+
+
+def _counter(name: str, what: str, labels: Sequence[str], values: _Values) -> CounterMetricFamily:
+    family = CounterMetricFamily(_PREFIX + name, what, labels=labels)
     for of, value in values:
         family.add_metric(of, value)
     return family

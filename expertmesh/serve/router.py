@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from expertmesh.allocator import FORWARD_BYTES, keep_freed_memory
 from expertmesh.backbone import load_backbone
@@ -81,6 +82,15 @@ class Router:
     def epoch(self) -> int:
         """Of the placement in use."""
         return self._exchange.placement.epoch
+
+    def statistics(self) -> dict[str, Any]:
+        """What it has done since its start and what it does now, in plain JSON values."""
+        return {
+            "epoch": self.epoch,
+            **asdict(self._exchange.counts),
+            "avoided": sorted(self._exchange.avoided),
+            **asdict(self._engine.statistics()),
+        }
 
     def update(self, placement: Placement) -> None:
         """Use a newer placement; an older one changes nothing. May take milliseconds: not on an event loop."""

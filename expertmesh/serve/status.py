@@ -62,6 +62,10 @@ def status_routes(surface: Surface) -> APIRouter:
     async def hosts() -> Response:
         return await mesh("hosts")
 
+    @routes.get("/mesh/routers", tags=["mesh"])
+    async def routers() -> Response:
+        return await mesh("routers")
+
     @routes.get("/mesh/placement", tags=["mesh"])
     async def placement() -> Response:
         return await mesh("placement")

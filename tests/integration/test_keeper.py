@@ -59,7 +59,7 @@ def test_a_host_that_stands_by_takes_part_in_a_moment(index: CheckpointIndex) ->
     with running(index, pool={"hosts": 1, "max": 2, "standby": 1}) as mesh:
         mesh.wait(lambda: mesh.cluster.num_hosts == 2, "a host that stands by")
         assert list(mesh.hosts()) == ["cpu-0"]
-        mesh.wait(lambda: not mesh.controller._keeper._members.standby._coming["cpu"], "its preparation")
+        mesh.wait(lambda: mesh.controller._keeper._members.standby.hosts, "its preparation")
         mesh.ask(mesh.controller.order("scale", {"pool": "cpu", "hosts": 2}))
         took_s = mesh.wait(
             lambda: all(host["rows"] for host in mesh.report("hosts")) and len(mesh.hosts()) == 2, "rows"

@@ -88,6 +88,9 @@ def test_the_mesh_describes_itself(mesh: Served) -> None:
     assert sum(host["replicas"] for host in hosts) >= sum(placement["num_experts"])
     assert [len(layer) for layer in load] == placement["num_experts"]
     assert sum(map(sum, load)) == sum(host["rows"] for host in hosts) > 0
+    (router,) = httpx.get(f"{mesh.url}/mesh/routers").json()
+    assert 1 <= router["epoch"] <= placement["epoch"]
+    assert router["avoided"] == []
     decisions = httpx.get(f"{mesh.url}/mesh/decisions").json()
     assert placement["epoch"] in [entry["epoch"] for entry in decisions if entry["what"] == "publish"]
     assert httpx.get(f"{mesh.url}/health").status_code == 200
@@ -121,7 +124,7 @@ def test_attach_refuses_another_model(mesh: Served) -> None:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:2]
     with pytest.raises(ConfigError, match="attach the model that the mesh serves"):
-        expertmesh.attach(AutoModelForCausalLM.from_config(config), mesh.url, token=mesh.token)
+        expertmesh.attach(AutoModelForCausalLM.from_config(config, dtype=torch.float32), mesh.url, token=mesh.token)
 
 
 def test_status_shows_the_hosts(mesh: Served) -> None:

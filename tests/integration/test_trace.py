@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from starlette.applications import Starlette
@@ -19,6 +20,7 @@ from starlette.routing import Route
 
 from expertmesh.checkpoint.index import index_checkpoint
 from expertmesh.clock import SYSTEM_CLOCK
+from expertmesh.control import views
 from expertmesh.credentials import TOKEN_VARIABLE
 from expertmesh.hosts.configuration import configuration_for
 from expertmesh.hosts.process import HostProcess
@@ -31,6 +33,7 @@ from expertmesh.trace.recorder import TraceRecorder
 from expertmesh.transport.grpc_control import GrpcHostControl
 
 NUM_EXPERTS = (16,) * 4
+MODELS = {"data": [{"id": "tiny", "root": "a folder that is not on this machine", "fingerprint": "f"}]}
 HEADER = TraceHeader(model="tiny", fingerprint="f", num_experts=NUM_EXPERTS, top_k=2, content="choices")
 
 
@@ -141,12 +144,10 @@ def mesh() -> Iterator[str]:
 
         for host in hosts:
             asyncio.run(fill(host))
-        models = {"data": [{"id": "tiny", "root": "tiny", "fingerprint": "f"}]}
+        told = views.placement(placement, configuration_for(index, "tiny"))
         with (
             pytest.MonkeyPatch.context() as patch,
-            serving(
-                placement=lambda _: JSONResponse(placement.to_json()), models=lambda _: JSONResponse(models)
-            ) as url,
+            serving(placement=lambda _: JSONResponse(told), models=lambda _: JSONResponse(MODELS)) as url,
         ):
             patch.setenv(TOKEN_VARIABLE, token)
             yield url
@@ -182,9 +183,9 @@ def test_a_trace_of_rows_is_replayed_by_drawing_choices(trace_command, mesh, tmp
 
 def test_rows_of_the_wrong_shape_fail_and_are_counted(trace_command, mesh, tmp_path: Path) -> None:
     path = trace_file(tmp_path, count=3)
-    code, out, _ = trace_command(
-        "replay", path, "--address", mesh, "--speed", "inf", "--hidden", 8, "--dtype", "float32"
-    )
+    told = httpx.get(f"{mesh}/mesh/placement").json() | {"hidden": 8, "dtype": "float32"}
+    with serving(placement=lambda _: JSONResponse(told), models=lambda _: JSONResponse(MODELS)) as url:
+        code, out, _ = trace_command("replay", path, "--address", url, "--speed", "inf")
     assert code == 1
     assert "failed: 3 with ReplicaFailedError" in out.replace("\n", " ")
 

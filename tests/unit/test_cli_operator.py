@@ -20,12 +20,20 @@ from expertmesh.testing.http_server import listening
 from expertmesh.testing.scripted import ScriptedBackend
 
 CARD = ModelCard(name="tiny", root="tiny", max_context=64, vocab_size=420, created=7)
+ROUTER = {
+    "id": "k2v9x0ab", "age_s": 0.4, "epoch": 7, "avoided": [], "running": 3, "waiting": 0, "generated_tokens": 90,
+    "steps": 30, "requests": 960, "hedges": 12, "overtaken": 2, "sent_again": 5, "not_finite": 0, "double_checked": 0,
+}  # fmt: skip
 HOST = {"pool": "cpu", "state": "ready", "slots": 4, "loading": 0, "rate": 5000.0, "rows": 800, "pid": 42}
 VIEWS = {
     "hosts": [
         HOST | {"id": "cpu-0", "replicas": 3, "busy": 0.75},
         HOST | {"id": "cpu-1", "replicas": 2, "busy": 0.5, "loading": 1},
         HOST | {"id": "cpu-2", "state": "draining", "replicas": 0, "slots": None, "rate": None},
+    ],
+    "routers": [
+        ROUTER,
+        ROUTER | {"id": "mesh#routers#w0zq81cd", "epoch": 6, "age_s": 12.3, "avoided": ["cpu-0", "cpu-2"]},
     ],
     "placement": {
         "epoch": 7,
@@ -222,6 +230,23 @@ def test_top_shows_the_whole_mesh_in_one_frame(command):
         assert piece in out
 
 
+@pytest.mark.parametrize("command_line", [("top", "--once"), ("status",)])
+def test_each_router_has_a_line(command, command_line):
+    _, out, _ = command(*command_line)
+    lines = [line.split() for line in out.splitlines()]
+    at = next(i for i, line in enumerate(lines) if line[:1] == ["router"])
+    assert lines[at + 1] == ["k2v9x0ab", "7", "3", "0", "12", "5", "0", "s", "ago"]
+    assert lines[at + 2] == ["w0zq81cd", "6", "3", "0", "12", "5", "12", "s", "ago", "cpu-0,", "cpu-2"]
+
+
+def test_a_mesh_whose_routers_are_all_gone_is_shown_all_the_same(command, backend):
+    backend.views["routers"] = []
+    for command_line in (("top", "--once"), ("status",)):
+        code, out, err = command(*command_line)
+        assert (code, err) == (0, "")
+        assert "1.25 times the ideal" in out
+
+
 def test_top_cuts_what_does_not_fit_on_a_line(command, backend, monkeypatch):
     monkeypatch.setattr("expertmesh.cli.console.stdout._width", 60)
     backend.views["decisions"] = [{"time": 100.0, "what": "plan", "why": "a very long reason " * 20}]
@@ -245,6 +270,7 @@ def test_status_shows_balance_and_what_is_under_way(command):
     shown = json.loads(out)
     assert (shown["epoch"], shown["imbalance"], shown["alarm"]) == (7, 1.25, "")
     assert [host["id"] for host in shown["hosts"]] == ["cpu-0", "cpu-1", "cpu-2"]
+    assert shown["routers"] == VIEWS["routers"]
 
 
 @pytest.mark.parametrize("name", ["status", "top", "placement", "decisions", "scale", "drain", "rebalance", "demo"])

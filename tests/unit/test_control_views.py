@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from expertmesh.control import views
 from expertmesh.control.views import imbalance, load
+from expertmesh.hosts.configuration import HostConfiguration
 from expertmesh.ids import ExpertId, HostId
+from expertmesh.kernels.spec import Activation, ExpertSpec
 from expertmesh.placement import HostInfo, Placement
 
 A, B = HostId("a"), HostId("b")
@@ -53,3 +58,12 @@ def test_the_mean_is_over_the_layers_that_have_load():
     assert shown["imbalance"] == 1.5
     assert load(placed, [[0, 0]] * 3, {A: 1.0, B: 1.0})["imbalance"] is None
     assert load(None, [[1, 0]], {A: 1.0})["imbalance"] is None
+
+
+def test_a_placement_is_told_with_the_rows_that_experts_take():
+    spec = ExpertSpec(hidden=96, intermediate=32, activation=Activation(name="silu"), dtype="bfloat16")
+    served = HostConfiguration(checkpoint="tiny", specs=(spec,), layer_specs=(0, 0), layer_experts=(2, 1))
+    placed = placement(("a", "ab"), ("b",))
+    told = json.loads(json.dumps(views.placement(placed, served)))
+    assert (told["hidden"], told["dtype"]) == (96, "bfloat16")
+    assert Placement.from_json(told) == placed

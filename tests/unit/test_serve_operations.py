@@ -123,6 +123,36 @@ VIEWS = {
         {"id": "cpu-1", "pool": "cpu", "state": "ready", "busy": 0.5, "rows": 800},
         {"id": "cpu-2", "pool": "cpu", "state": "starting"},
     ],
+    "routers": [
+        {
+            "id": "r1",
+            "age_s": 0.4,
+            "epoch": 7,
+            "avoided": ["cpu-0", "cpu-1"],
+            "running": 3,
+            "waiting": 1,
+            "requests": 960,
+            "hedges": 12,
+            "overtaken": 2,
+            "sent_again": 5,
+            "not_finite": 4,
+            "double_checked": 6,
+        },
+        {
+            "id": "r2",
+            "age_s": 0.9,
+            "epoch": 6,
+            "avoided": [],
+            "running": 0,
+            "waiting": 0,
+            "requests": 10,
+            "hedges": 0,
+            "overtaken": 0,
+            "sent_again": 0,
+            "not_finite": 0,
+            "double_checked": 0,
+        },
+    ],
     "placement": {
         "epoch": 7,
         "num_experts": [2, 2],
@@ -151,6 +181,12 @@ async def test_metrics_show_the_mesh(http, backend):
         'host_rows_total{host="cpu-0"}': 1200, 'host_rows_total{host="cpu-1"}': 800,
         'expert_load{expert="0",layer="0"}': 10, 'expert_load{expert="1",layer="0"}': 2.5,
         'expert_load{expert="0",layer="1"}': 0, 'expert_load{expert="1",layer="1"}': 4,
+        'exchange_requests_total{router="r1"}': 960, 'exchange_requests_total{router="r2"}': 10,
+        'exchange_hedges_total{router="r1"}': 12, 'exchange_overtaken_total{router="r1"}': 2,
+        'exchange_sent_again_total{router="r1"}': 5, 'exchange_not_finite_total{router="r1"}': 4,
+        'exchange_double_checked_total{router="r1"}': 6, 'exchange_double_checked_total{router="r2"}': 0,
+        'router_running{router="r1"}': 3, 'router_waiting{router="r1"}': 1, 'router_waiting{router="r2"}': 0,
+        'router_avoided_hosts{router="r1"}': 2, 'router_avoided_hosts{router="r2"}': 0,
     }  # fmt: skip
     assert {key: shown.get(key) for key in expected} == expected
 
@@ -159,10 +195,11 @@ async def test_metrics_forget_what_has_gone(http, backend):
     backend.views.update(VIEWS)
     await scraped(http)
     backend.views["hosts"] = VIEWS["hosts"][:1]
+    backend.views["routers"] = VIEWS["routers"][1:]
     backend.views["moves"] = {"moves": [], "alarm": "the control loop has not turned for 40 s"}
     backend.views["load"] = VIEWS["load"] | {"imbalance": None}
     shown = await scraped(http)
-    assert [key for key in shown if "cpu-1" in key or "starting" in key or key == "imbalance"] == []
+    assert [key for key in shown if "cpu-1" in key or "starting" in key or "r1" in key or key == "imbalance"] == []
     assert (shown["alarm"], shown["moves"]) == (1, 0)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import get_args
 
 import httpx
 import pytest
 import pytest_asyncio
 
-from expertmesh.serve.backend import Limits, ModelCard
+from expertmesh.serve.backend import Limits, MeshView, ModelCard
 from expertmesh.serve.openai_api import create_app
 from expertmesh.serve.text import TextCodec
 from expertmesh.testing.scripted import ScriptedBackend
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.asyncio
 
 CARD = ModelCard(name="tiny", root="tiny", max_context=64, vocab_size=420, created=7, eos_token_ids=(1,))
 CODEC = TextCodec(byte_level_tokenizer())
-MESH = {"hosts": [{"id": "h1"}], "placement": {"epoch": 3}, "load": {"layers": []}, "decisions": []}
+MESH = {view: {"of": view} for view in get_args(MeshView)}
 
 
 def ids_of(text: str) -> list[int]:
