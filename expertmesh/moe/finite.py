@@ -9,21 +9,19 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_EXPONENT: dict[str, tuple[type[np.unsignedinteger], int]] = {
-    "float32": (np.uint32, 0x7F800000),
-    "bfloat16": (np.uint16, 0x7F80),
-    "float16": (np.uint16, 0x7C00),
+_SPECIAL: dict[str, tuple[type[np.signedinteger], type[np.unsignedinteger], int, int]] = {
+    "float32": (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+    "bfloat16": (np.int16, np.uint16, 0x7F80, 0xFF80),
+    "float16": (np.int16, np.uint16, 0x7C00, 0xFC00),
 }
-"""The bits that are all set in a NaN or an infinity, and in nothing else."""
+"""Read as integers, infinity and above it NaNs are the greatest: the positive ones of signed integers, the negative ones
+of unsigned. So two maxima find them, and nothing has to be written."""
 
 
 def not_finite(rows_PB: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_] | None:
     """For each row, whether NaN or an infinity is in it; None when there is none in any. `rows_PB` are raw bytes."""
-    if dtype == "float32":  # twice as fast as looking at the bits; where it overflows, those decide
-        values = rows_PB.view(np.float32).reshape(-1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.dot(values, values)):
-                return None
-    kind, exponent = _EXPONENT[dtype]
-    is_bad_PH = (rows_PB.view(kind) & kind(exponent)) == exponent
-    return is_bad_PH.any(axis=1) if is_bad_PH.any() else None
+    signed, unsigned, positive, negative = _SPECIAL[dtype]
+    is_finite = rows_PB.view(signed).max(initial=0) < positive and rows_PB.view(unsigned).max(initial=0) < negative
+    if is_finite:
+        return None
+    return (rows_PB.view(signed) >= positive).any(axis=1) | (rows_PB.view(unsigned) >= negative).any(axis=1)
