@@ -14,8 +14,8 @@ _SPECIAL: dict[str, tuple[type[np.signedinteger], type[np.unsignedinteger], int,
     "bfloat16": (np.int16, np.uint16, 0x7F80, 0xFF80),
     "float16": (np.int16, np.uint16, 0x7C00, 0xFC00),
 }
-"""Read as integers, infinity and above it NaNs are the greatest: the positive ones of signed integers, the negative ones
-of unsigned. So two maxima find them, and nothing has to be written."""
+"""Read as integers, infinity and above it NaNs are the greatest: the positive ones of signed integers, the negative of
+unsigned ones. So two maxima find them, and nothing has to be written."""
 
 
 def not_finite(rows_PB: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_] | None:

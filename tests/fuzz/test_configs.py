@@ -71,13 +71,13 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("configs")
 
 
-@fuzzed(100)
+@fuzzed(40)
 @given(st.sampled_from(FILES).flatmap(lambda path: altered(yaml.safe_load(path.read_text()))))
 def test_an_altered_config_file_is_valid_or_refused(folder, document) -> None:
     load(folder, yaml.safe_dump(json.loads(json.dumps(document))).encode())
 
 
-@fuzzed(120)
+@fuzzed(50)
 @given(st.sampled_from(FILES).flatmap(lambda path: damaged(path.read_bytes())))
 @example(b"applications: &a [*a]")
 @example(b"a: 2001-99-99")
@@ -97,7 +97,7 @@ def test_a_damaged_config_file_is_valid_or_refused(folder, data) -> None:
     load(folder, data)
 
 
-@fuzzed(100)
+@fuzzed(50)
 @given(values)
 def test_any_document_is_no_config(folder, document) -> None:
     load(folder, json.dumps(document).encode())
@@ -145,7 +145,7 @@ def run_plan(folder: Path, texts: dict[str, bytes], *options: str) -> None:
         json.loads(out.getvalue(), parse_constant=pytest.fail)
 
 
-@fuzzed(80)
+@fuzzed(30)
 @given(
     st.sampled_from(["loads", "inventory", "current"]),
     st.data(),
@@ -157,7 +157,7 @@ def test_altered_inputs_of_a_plan_are_used_or_refused(folder, name, data, option
     run_plan(folder, {name: json.dumps(value).encode() for name, value in inputs.items()}, *options)
 
 
-@fuzzed(50)
+@fuzzed(20)
 @given(st.sampled_from(["loads", "inventory", "current"]), st.data())
 def test_damaged_inputs_of_a_plan_are_used_or_refused(folder, name, data) -> None:
     inputs = {of: json.dumps(value).encode() for of, value in

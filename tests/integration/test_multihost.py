@@ -3,11 +3,13 @@ and go. They are namespaces of this one; the tests go in order, each from where 
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,7 @@ while True:
 class Cluster:
     """The machines, and the laptop that they are run from."""
 
+    network: Network
     laptop: Machine
     head: Machine
     one: Machine
@@ -122,7 +125,7 @@ def _machines(network: Network) -> Cluster:
     profile = f"export PATH={sys.prefix}/bin:$PATH RAY_USAGE_STATS_ENABLED=0\n"
     laptop = network.add("laptop", {".ssh/id_ed25519": network.key.read_text(), ".profile": profile})
     head, one, two, three = (network.add(name, INSTALLED) for name in ("head", "one", "two", "three"))
-    return Cluster(laptop=laptop, head=head, one=one, two=two, three=three)
+    return Cluster(network=network, laptop=laptop, head=head, one=one, two=two, three=three)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,7 @@ def test_a_mesh_across_machines_answers_as_one_process_does(cluster: Cluster, ex
     (application,) = config["applications"]
     application["runtime_env"] = {"env_vars": {"EXPERTMESH_TOKEN": TOKEN}}
     application["args"]["network"] = {"listen": "node"}
+    application["args"]["experts"] = {"min_replicas": 2}
     pool = application["args"]["pools"][0] | {"labels": {"role": "worker"}, "cpus": 0.5}
     # A host of the other pool takes a whole machine, and so waits for one that has none yet.
     later = {"name": "later", "hosts": 0, "max": 1, "labels": {"role": "worker"}, "cpus": 1}
@@ -187,6 +191,40 @@ def test_a_script_outside_computes_on_the_hosts(cluster: Cluster) -> None:
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)
     with expertmesh.attach(model, cluster.url, token=TOKEN):
         assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_a_machine_that_is_cut_off_for_a_while_is_not_missed(cluster: Cluster, expected: dict[str, str]) -> None:
+    """Each expert is on two machines, and one of these vanishes from the network for 5 s: requests go on."""
+
+    def ask_until(done: threading.Event) -> list[float]:
+        """How long each answer took."""
+        took_s = []
+        while not done.is_set():
+            began_s = time.monotonic()
+            assert answers(cluster) == expected
+            took_s.append(time.monotonic() - began_s)
+        return took_s
+
+    pause = threading.Event()
+    with ThreadPoolExecutor(4) as crowd:
+        done = threading.Event()
+        asking = [crowd.submit(ask_until, done) for _ in range(4)]
+        pause.wait(5)
+        for machine in (cluster.one, cluster.two):
+            with cluster.network.cut_off(machine):
+                pause.wait(5)
+            cluster.wait(lambda: _all_serve(cluster), "the return of the machine")
+        done.set()
+        took_s = sorted(itertools.chain.from_iterable(of.result() for of in asking))
+    usual_s = took_s[len(took_s) // 2]
+    assert took_s[-1] < usual_s + 2.0
+
+
+def _all_serve(cluster: Cluster) -> bool:
+    """Whether no host is out of reach, for the controller or for the router."""
+    hosts, routers = (httpx.get(f"{cluster.url}/mesh/{what}", timeout=30).json() for what in ("hosts", "routers"))
+    is_reached = all(host["state"] == "ready" for host in hosts)
+    return is_reached and not any(router["avoided"] for router in routers)
 
 
 def test_a_machine_that_is_listed_later_joins(cluster: Cluster, expected: dict[str, str]) -> None:
