@@ -21,7 +21,8 @@ unsigned ones. So two maxima find them, and nothing has to be written."""
 def not_finite(rows_PB: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_] | None:
     """For each row, whether NaN or an infinity is in it; None when there is none in any. `rows_PB` are raw bytes."""
     signed, unsigned, positive, negative = _SPECIAL[dtype]
-    is_finite = rows_PB.view(signed).max(initial=0) < positive and rows_PB.view(unsigned).max(initial=0) < negative
-    if is_finite:
+    signed_PH, unsigned_PH = rows_PB.view(signed), rows_PB.view(unsigned)
+    if signed_PH.max(initial=0) < positive and unsigned_PH.max(initial=0) < negative:
         return None
-    return (rows_PB.view(signed) >= positive).any(axis=1) | (rows_PB.view(unsigned) >= negative).any(axis=1)
+    is_special_PH: NDArray[np.bool_] = (signed_PH >= positive) | (unsigned_PH >= negative)
+    return np.asarray(is_special_PH.any(axis=1))
