@@ -194,7 +194,14 @@ def test_a_script_outside_computes_on_the_hosts(cluster: Cluster) -> None:
 
 
 def test_a_machine_that_is_cut_off_for_a_while_is_not_missed(cluster: Cluster, expected: dict[str, str]) -> None:
-    """Each expert is on two machines, and one of these vanishes from the network for 5 s: requests go on."""
+    """Each expert is on two machines, and one of these vanishes from the network for 5 s: requests go on.
+
+    One that the router or the gateway runs on must stay: there is but one of each here.
+    """
+    running = "pgrep -f '[S]erveReplica:expertmesh' || true"
+    victims = [machine for machine in (cluster.one, cluster.two) if not machine.run(running).strip()]
+    if not victims:
+        pytest.skip("Ray has put the router on one machine and the gateway on the other")
 
     def ask_until(done: threading.Event) -> list[float]:
         """How long each answer took."""
@@ -210,7 +217,7 @@ def test_a_machine_that_is_cut_off_for_a_while_is_not_missed(cluster: Cluster, e
         done = threading.Event()
         asking = [crowd.submit(ask_until, done) for _ in range(4)]
         pause.wait(5)
-        for machine in (cluster.one, cluster.two):
+        for machine in victims:
             with cluster.network.cut_off(machine):
                 pause.wait(5)
             cluster.wait(lambda: _all_serve(cluster), "the return of the machine")
