@@ -32,6 +32,8 @@ def generate(router: Router) -> int:
 def test_the_controller_shows_what_a_router_has_done_and_whom_it_does_not_trust() -> None:
     index = index_checkpoint(resolve("tiny"), "float32")
     with running(index, experts={"min_replicas": 2, "elastic": False}) as mesh:
+        # The first placement may name one copy of an expert, while the other is being loaded.
+        mesh.wait(lambda: all(len(of) == 2 for of in mesh.exchange.placement.replicas.values()), "two copies of each")
         placement = mesh.exchange.placement
         with closing(Router(CONFIG, placement, mesh.cluster.token)) as router:
             idle = router.statistics()
