@@ -21,7 +21,7 @@ from expertmesh.deploy import deployed
 from expertmesh.models import PROMPTS
 from tests.integration.served import free_port
 
-KILLS = int(os.environ.get("EXPERTMESH_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("EXPERTMESH_TEST_KILLS", "2"))
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300 + 60 * KILLS)]
 
