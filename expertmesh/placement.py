@@ -93,10 +93,14 @@ class Placement:
             table = np.zeros((num_experts, max(1, int(counts.max(initial=0)))), dtype=np.int64)
             for index, hosts in enumerate(of_expert):
                 table[index, : len(hosts)] = [position[host] for host in hosts]
-            keys = table * num_experts + np.arange(num_experts)[:, None]
-            fits = len(self.hosts) * num_experts <= np.iinfo(np.int16).max
-            tables.append(LayerTable(counts, table, keys.astype(np.int16) if fits else keys, bool(counts.all())))
+            tables.append(self._table_of(counts, table))
         return tuple(tables)
+
+    def _table_of(self, num_replicas_E: NDArray[np.int64], host_EM: NDArray[np.int64]) -> LayerTable:
+        num_experts = len(num_replicas_E)
+        keys = host_EM * num_experts + np.arange(num_experts)[:, None]
+        fits = len(self.hosts) * num_experts <= np.iinfo(np.int16).max
+        return LayerTable(num_replicas_E, host_EM, keys.astype(np.int16) if fits else keys, bool(num_replicas_E.all()))
 
     @cached_property
     def time_models(self) -> tuple[TimeModel, ...]:
@@ -123,7 +127,7 @@ class Placement:
         return {}
 
     def _restrict(self, table: LayerTable, failed: frozenset[HostId], avoided: frozenset[HostId]) -> LayerTable:
-        num_experts, most = table.host_EM.shape
+        most = table.host_EM.shape[1]
         is_failed_H = np.array([host.id in failed for host in self.hosts])
         is_avoided_H = np.array([host.id in avoided for host in self.hosts])
         left_EM = (np.arange(most) < table.num_replicas_E[:, None]) & ~is_failed_H[table.host_EM]
@@ -132,9 +136,7 @@ class Placement:
         order_EM = np.argsort(~left_EM, axis=1, kind="stable")
         host_EM = np.take_along_axis(np.where(left_EM, table.host_EM, 0), order_EM, axis=1)
         counts = left_EM.sum(axis=1)
-        host_EM = np.ascontiguousarray(host_EM[:, : max(1, int(counts.max(initial=0)))])
-        keys = host_EM * num_experts + np.arange(num_experts)[:, None]
-        return LayerTable(counts, host_EM, keys.astype(table.key_EM.dtype), bool(counts.all()))
+        return self._table_of(counts, np.ascontiguousarray(host_EM[:, : max(1, int(counts.max(initial=0)))]))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values: hosts with their address and their [layer, expert] pairs."""

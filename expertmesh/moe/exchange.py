@@ -145,7 +145,6 @@ class Exchange:
                 else:
                     self._take(run, attempt, outcome, now)
             if not run.num_left:
-                self._set_aside_overtaken(run, now)
                 return
             if now >= run.next_look_at:
                 self._look_after_late(run, now)
@@ -221,8 +220,7 @@ class Exchange:
         else:
             self._checks.maybe_ask_twice(run, self._placement, attempt, rows, now)
         run.keep(pairs, rows)
-        if run.done_P is not None:
-            self._set_aside_overtaken(run, now)
+        self._set_aside_overtaken(run, now)
 
     # --- the late ----------------------------------------------------------------------------------------------------
 

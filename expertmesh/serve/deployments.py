@@ -104,16 +104,18 @@ class RouterDeployment:
             doubts.clear()
             news.clear()
             # Without a controller nobody can act on them; what is still wrong then will be doubted again.
-            with contextlib.suppress(RayActorError, ValueError):
-                await self._controller.ask("suspect", _router_id(), told)
+            await self._tell("suspect", told)
 
     async def _tell_statistics(self) -> None:
         """Tell the controller how it goes, for those who look at the mesh."""
         while True:
-            # Without a controller nobody looks.
-            with contextlib.suppress(RayActorError, ValueError):
-                await self._controller.ask("hear_router", _router_id(), self._router.statistics())
+            await self._tell("hear_router", self._router.statistics())  # without a controller nobody looks
             await asyncio.sleep(_TELL_EVERY_S)
+
+    async def _tell(self, method: str, news: Any) -> None:
+        """Tell the controller, if there is one."""
+        with contextlib.suppress(RayActorError, ValueError):
+            await self._controller.ask(method, _router_id(), news)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
         async for events in self._router.generate(request):
