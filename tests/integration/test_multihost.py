@@ -199,6 +199,7 @@ def test_a_script_outside_computes_on_the_hosts(cluster: Cluster) -> None:
         assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
 
 
+@pytest.mark.timeout(180 + 60 * CUTS)
 def test_a_machine_that_is_cut_off_for_a_while_is_not_missed(cluster: Cluster, expected: dict[str, str]) -> None:
     """Each expert is on two machines, and one of these vanishes from the network for 5 s, CUTS times, one each 30 s:
     all requests are answered, alike, and none takes 2 s longer than usual.

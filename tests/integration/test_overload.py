@@ -21,7 +21,7 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered_as_ever() 
     assert refused["time_to_refuse_ms"]["p50"] < 500
     assert refused["time_to_refuse_ms"]["p50"] < accepted["time_to_first_token_ms"]["p50"]
     # The clients take their share of the same cores; the bench, at leisure, holds the mesh to 0.9.
-    assert report["goodput_over_peak"] > 0.7
+    assert report["goodput_over_peak"] > 0.5
     for held in report["memory_mib"].values():
         assert held["most_in_overload"] - held["at_peak"] < (AT_ONCE + QUEUE) * 2, (
             "it grew by more than its queue holds"
