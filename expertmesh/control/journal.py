@@ -22,9 +22,10 @@ class Journal:
         self._entries: deque[dict[str, Any]] = deque(maxlen=KEPT)
 
     def add(self, what: str, why: str, **more: Any) -> None:
-        """Note one decision. The same again, right after itself, is only counted."""
+        """Note one decision. The same again, right after itself, is only counted, and what else is known brought up to
+        date."""
         if self._entries and (self._entries[-1]["what"], self._entries[-1]["why"]) == (what, why):
-            self._entries[-1]["times"] = self._entries[-1].get("times", 1) + 1
+            self._entries[-1] |= {"times": self._entries[-1].get("times", 1) + 1, **more}
             return
         logger.info("%s: %s", what, why)
         self._entries.append({"time": self._clock.wall(), "what": what, "why": why, **more})

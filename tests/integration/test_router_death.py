@@ -26,7 +26,7 @@ KILLS = int(os.environ.get("EXPERTMESH_TEST_KILLS", "2"))
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300 + 60 * KILLS)]
 
 CLIENTS, TOKENS = 4, 64
-APP = "expertmesh"
+APP = "mortal"  # other tests' meshes may be running
 TEXTS = [text[start:] for text in PROMPTS.values() for start in (0, 3)]
 
 
@@ -48,7 +48,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
 
 
 def routers() -> list[psutil.Process]:
-    """The processes that run a router, of this test's own cluster."""
+    """The processes that run a router of this test's mesh."""
     processes = psutil.Process().children(recursive=True)
     return [process for process in processes if f"{APP}:router" in _title(process)]
 
