@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 
+PATIENCE_S = 330.0
+"""How long a client waits for the next token: longer than any mesh that we start lets it."""
+
+
 @dataclass(slots=True)
 class Answer:
     """One streamed completion. Times are of `time.perf_counter`."""
@@ -126,7 +130,7 @@ async def _ask_all(asking: _Asking) -> list[Answer]:
             answers.append(await ask(http, prompt, asking.tokens, model=asking.model))
 
     limits = httpx.Limits(max_connections=asking.clients)
-    async with httpx.AsyncClient(base_url=asking.url, timeout=120, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=asking.url, timeout=PATIENCE_S, limits=limits) as http:
         await asyncio.gather(*(ask_on(number) for number in range(asking.clients)))
     return answers
 
@@ -170,7 +174,7 @@ def undisturbed(url: str, prompts: Sequence[str], tokens: int, *, model: str = "
     """The right answer to each prompt, asked for one by one."""
 
     async def ask_each() -> dict[str, list[int]]:
-        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as http:
             answers = [await ask(http, prompt, tokens, model=model) for prompt in prompts]
         assert all(answer.error is None for answer in answers), answers
         return {answer.prompt: answer.token_ids for answer in answers}

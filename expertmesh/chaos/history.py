@@ -66,6 +66,8 @@ class History:
     footprints: Sequence[tuple[float, Mapping[str, Mapping[str, float]]]] = ()
     stuck: str = ""
     """What the script could not do."""
+    starts_s: Sequence[float] = ()
+    """Of each host that came: how long its start and its first loads took."""
 
     @property
     def gaps_s(self) -> list[tuple[float, float]]:
@@ -100,11 +102,20 @@ class History:
 
     def recoveries_s(self) -> list[float | None]:
         """Of each deadly strike on hosts: how long until the mesh was covered again; None: it never was."""
-        deaths = [strike for strike in self.moments if strike.deadly and strike.hosts]
+        return [None if covered_s is None else covered_s - death_s for death_s, covered_s in self._deaths()]
+
+    def last_recoveries_s(self) -> list[float | None]:
+        """The same of those alone that were followed by no other before the mesh was covered again."""
+        last_s = {covered_s: death_s for death_s, covered_s in self._deaths()}
+        return [None if covered_s is None else covered_s - death_s for covered_s, death_s in last_s.items()]
+
+    def _deaths(self) -> list[tuple[float, float | None]]:
+        """When hosts were killed, in order, and when the mesh was covered again; None: it never was."""
         covered = [began_s for began_s, is_covered, _ in self.looks if is_covered]
         return [
-            next((began_s - strike.at_s for began_s in covered if began_s > strike.at_s + DEAD_S), None)
-            for strike in deaths
+            (strike.at_s, next((began_s for began_s in covered if began_s > strike.at_s + DEAD_S), None))
+            for strike in self.moments
+            if strike.deadly and strike.hosts
         ]
 
     def tokens_per_second(self, from_s: float, to_s: float) -> float:

@@ -108,6 +108,22 @@ def recovered(history: History) -> Verdict | None:
     return Verdict(name="recovery", holds=len(known) == len(recoveries) and max(known) <= most_s, says=says)
 
 
+def recovered_at_once(history: History) -> Verdict | None:
+    """Deaths, however many in a row, are made good as fast as a host can start and load."""
+    if (most_s := history.script.must.recovery_above_start) is None:
+        return None
+    recoveries, starts_s = history.last_recoveries_s(), history.starts_s
+    known = [took_s for took_s in recoveries if took_s is not None]
+    if not recoveries or not starts_s:
+        return Verdict(name="at once", holds=None, says="no host died, or none came")
+    says = f"full coverage at most {max(known, default=0.0):.1f} s after the last death of each series; "
+    says += f"to start a host and load it took p50 {quantile(starts_s, 0.5):.1f} s, at most {max(starts_s):.1f} s"
+    says += f"; never after {len(recoveries) - len(known)} series" if len(known) < len(recoveries) else ""
+    return Verdict(
+        name="at once", holds=len(known) == len(recoveries) and max(known) <= max(starts_s) + most_s, says=says
+    )
+
+
 def fast(history: History) -> Verdict | None:
     """What is left of the mesh does its part."""
     must = history.script.must
@@ -158,6 +174,7 @@ ORACLES: Sequence[Callable[[History], Verdict | None]] = (
     stalled,
     smooth,
     recovered,
+    recovered_at_once,
     fast,
     converged,
     tight,

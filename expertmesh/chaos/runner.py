@@ -83,6 +83,7 @@ class Run:
             settled_s=settled_s,
             unsettled=unsettled,
             footprints=watch.footprints,
+            starts_s=list(watch.starts_s.values()),
             stuck=stuck,
         )
 

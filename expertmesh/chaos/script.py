@@ -147,6 +147,8 @@ class MustSection(Section):
     """The 99th percentile of all gaps from the first fault on, over that of what is usual."""
     recovery: Seconds | None = None
     """From a death to full coverage, at most."""
+    recovery_above_start: Seconds | None = None
+    """From the last of several deaths to full coverage, above what the slowest host of this run took to come."""
     throughput: float | None = Field(default=None, gt=0)
     """Tokens per second from `throughput_after` the last fault on, over what is usual."""
     throughput_after: Seconds = 10.0

@@ -6,6 +6,7 @@ Owns a thread. Its invariant: `latest` is never older than one round of question
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -37,6 +38,9 @@ class Watch:
         """Those of the mesh on this machine, at the last look."""
         self.pids: dict[str, int] = {}
         """Of every host of this machine that was ever seen."""
+        self.starts_s: dict[str, float] = {}
+        """Of each host that came: from when it was known to come until a placement named it."""
+        self._known_at: dict[str, float] = {}
         self._url = url
         self._wanted = wanted
         self._ready_routers = ready_routers
@@ -84,6 +88,7 @@ class Watch:
         except ConfigError as error:
             return Look(began_s=began_s, wanted=self._wanted, error=str(error))
         here = self._learn(hosts)
+        self._time_starts(began_s, hosts, placement)
         self.processes = processes(self._managers)
         return Look(
             began_s=began_s,
@@ -106,6 +111,16 @@ class Watch:
                     self.pids[host["id"]] = host["pid"]
                     self._managers |= {of for of in [parent(host["pid"])] if of is not None}
         return here
+
+    def _time_starts(self, now_s: float, hosts: Sequence[Mapping[str, Any]], placement: Mapping[str, Any]) -> None:
+        """Note how long hosts take to come. Those that are there at the first look came before it."""
+        known_at = now_s if self._known_at else -math.inf
+        for host in hosts:
+            self._known_at.setdefault(host["id"], known_at)
+        for host in placement["hosts"]:
+            took_s = now_s - self._known_at.get(host["id"], -math.inf)
+            if host["experts"] and took_s < math.inf:
+                self.starts_s.setdefault(host["id"], took_s)
 
     def _count_routers(self) -> int | None:
         """Routers that are ready and have not just been killed, which their keeper sees later."""

@@ -15,6 +15,7 @@ from expertmesh.chaos.script import load_script, parse_script
 
 RIGHT = {"a": [1, 2, 3, 4]}
 MUST = {"stall_p50": "100ms", "stall_p99": "500ms", "gap_ratio": 2, "recovery": "5s", "throughput": 0.5}
+MUST |= {"recovery_above_start": "1s"}
 SCRIPT = parse_script(
     {
         "name": "test",
@@ -61,6 +62,7 @@ GOOD = History(
     looks=looks(),
     settled_s=2.0,
     footprints=[(STEADY_S + i, taking()) for i in range(500)],
+    starts_s=[3.0, 4.5],
 )
 
 
@@ -73,7 +75,7 @@ def growing(**of: float) -> History:
     return replace(GOOD, footprints=samples)
 
 
-NAMES = ["fired", "answered", "equal", "stall", "gaps", "recovery", "throughput", "whole", "leaks"]
+NAMES = ["fired", "answered", "equal", "stall", "gaps", "recovery", "at once", "throughput", "whole", "leaks"]
 
 LONG_STALLS = [Answer("a", at_s - 1, RIGHT["a"], [at_s - 1, at_s - 0.5, at_s + 1.5, at_s + 1.6]) for at_s in KILLS_S]
 SLOWED = [answer(at_s, gap_s=0.3) for at_s in range(370, int(END_S))]
@@ -83,7 +85,8 @@ BAD = {
     "equal": with_answers(Answer("a", 300.0, [1, 2, 9, 4], [300.0, 300.1, 300.2, 300.3])),
     "stall": with_answers(*LONG_STALLS),
     "gaps": with_answers(*SLOWED),
-    "recovery": replace(GOOD, looks=looks(recovery_s=6.0)),
+    "recovery": replace(GOOD, looks=looks(recovery_s=6.0), starts_s=[5.5]),
+    "at once": replace(GOOD, looks=looks(recovery_s=3.0), starts_s=[1.5]),
     "throughput": replace(GOOD, answers=[of for of in GOOD.answers if of.started_s < 300 or of.started_s % 4 == 0]),
     "whole": replace(GOOD, settled_s=None, unsettled="3 of 64 experts have fewer than 2 replicas"),
     "leaks": growing(memory_mib=500.0),
@@ -136,7 +139,14 @@ def test_recovery_is_counted_from_the_death_to_the_first_full_coverage_after_it(
     assert GOOD.recoveries_s() == [1.0, 1.0]
     never = replace(GOOD, looks=[look for look in GOOD.looks if look[0] < 300])
     assert never.recoveries_s() == [1.0, None]
-    assert {of.name for of in judge(never) if not of.holds} == {"recovery"}
+    assert {of.name for of in judge(never) if not of.holds} == {"recovery", "at once"}
+
+
+def test_of_several_deaths_in_a_row_the_last_one_counts_for_how_fast_a_host_comes() -> None:
+    row = replace(GOOD, strikes=[strike(at_s) for at_s in (248.0, 249.0, *KILLS_S)], looks=looks(recovery_s=2.0))
+    row = replace(row, looks=[look for look in row.looks if not 247.5 < look[0] < 252.0])
+    assert row.recoveries_s() == [4.0, 3.0, 2.0, 2.0]
+    assert row.last_recoveries_s() == [2.0, 2.0]
 
 
 def test_the_report_says_what_was_seen() -> None:
