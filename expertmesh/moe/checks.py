@@ -109,16 +109,23 @@ class Checks:
         def hear(reply: LayerReply | None, _took_s: float) -> None:
             if reply is not None:
                 case.hear(host.id, reply.rows, lambda case: self._ask_third(case, placement), self._doubt)
+            else:
+                case.not_heard(self._doubt)
 
         ticket = self._transport.send(host, case.request)
         self._asides.watch(ticket, now, self._limits.attempt_timeout_s, hear)
 
     def _ask_third(self, case: Case, placement: Placement) -> bool:
-        """Ask a host that has not been asked yet and holds all experts of the case; whether there is one."""
+        """Ask a host that has not been asked yet and holds all experts of the case; whether there is one.
+
+        One that is avoided, if there is no other: it may be slow, but here nobody waits for it.
+        """
         experts = [ExpertId(case.request.layer, index) for index in case.request.experts]
         holders = [set(placement.replicas.get(expert, ())) for expert in experts]
-        others = set.intersection(*holders) - case.rows.keys() - self._health.avoided
-        third = next((host for host in placement.hosts if host.id in others), None)
+        others = set.intersection(*holders) - case.rows.keys()
+        avoided = self._health.avoided
+        able = (host for host in placement.hosts if host.id in others)
+        third = min(able, key=lambda host: host.id in avoided, default=None)
         if third is not None:
             self._ask(case, third, placement, self._clock.monotonic())
         return third is not None

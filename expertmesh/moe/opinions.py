@@ -45,6 +45,12 @@ class Case:
         for suspect in suspects:
             doubt(suspect)
 
+    def not_heard(self, doubt: Callable[[Doubt], None]) -> None:
+        """A host that was asked has not answered: of two that differ, nobody says which is right."""
+        if len(self.rows) == 2:
+            for suspect in self._suspects():
+                doubt(suspect)
+
     def _suspects(self) -> Iterator[Doubt]:
         end = 0
         for index, count in zip(self.request.experts, self.request.counts, strict=True):
