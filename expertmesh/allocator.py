@@ -1,12 +1,18 @@
-"""How this process's memory allocator treats freed memory: one call at a process's start.
+"""How this process gets memory from the operating system: what its allocator keeps, and huge pages.
 
 glibc gives large buffers back to the kernel as soon as they are freed, and pays for every page anew when the next batch
 needs them. A process that works in batches of like sizes should keep them. Elsewhere than on glibc this does nothing.
+
+Weights are read from end to end in every step, and each small page costs a walk through the page tables. Linux gives
+huge pages by default, or only to memory that asks.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+
+import torch
 
 FORWARD_BYTES = 32 * 2**20
 """For a router: a forward pass and the sampler make and drop buffers of megabytes. The most that glibc allows."""
@@ -15,6 +21,7 @@ LAUNCH_BYTES = 512 * 1024
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 512 * 2**20
+_HUGE_PAGE_BYTES = 2 * 2**20
 
 
 def keep_freed_memory(below_bytes: int) -> None:
@@ -26,3 +33,14 @@ def keep_freed_memory(below_bytes: int) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, below_bytes)
         mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+
+
+def huge_pages(num_bytes: int) -> torch.Tensor:
+    """Zeroed memory [num_bytes] of uint8, in huge pages where the system has them. It is taken when first written."""
+    # A mapping begins at a small page's border: as much more, so that what is given out begins at a huge one's.
+    mapping = mmap.mmap(-1, max(num_bytes, 1) + _HUGE_PAGE_BYTES)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    start = -memory.data_ptr() % _HUGE_PAGE_BYTES
+    return memory[start : start + num_bytes]

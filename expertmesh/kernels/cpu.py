@@ -1,9 +1,9 @@
-"""The expert FFN on CPU cores: one product per run of pairs of one expert, in the fastest arithmetic that is invariant.
+"""The expert FFN on CPU cores: two products per expert that has pairs, in the fastest arithmetic that is invariant.
 
-Owns the choice of a linear algebra routine, and the packed weights. Its invariant: a pair's bits depend on nothing but
-its row and its expert. No library promises that, so each `Arithmetic` is tried on the machine at hand, at the spec's
-shape and the current number of threads, and the first that passes is taken. The order of preference is a rule and not
-a race, so that like hosts choose alike and their replicas agree to the last bit.
+Owns the choice of an arithmetic, and the packed weights. Its invariant: a pair's bits depend on nothing but its row and
+its expert. No library promises that, so each `Arithmetic` is tried on the machine at hand, at the spec's shape and the
+current number of threads, and the first that passes is taken. The order of preference is a rule and not a race, so that
+like hosts choose alike and their replicas agree to the last bit.
 
 Rounding: where products run in float32, a bfloat16 or float16 result is rounded once, at the end. Where they run in
 bfloat16, h and a are rounded to it too. Sums and the activation are float32 everywhere.
@@ -14,24 +14,25 @@ Shapes: T token rows, P pairs, R rows of one product, K columns, H hidden, I int
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional as F
 
+from expertmesh.allocator import huge_pages
 from expertmesh.errors import ConfigError
 from expertmesh.kernels.activation import activate
 from expertmesh.kernels.blocks import cut, fill
 from expertmesh.kernels.selfcheck import is_row_invariant, probe_rows, probe_weights
-from expertmesh.kernels.spec import ExpertWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
-    from expertmesh.kernels.spec import ExpertSpec
+    from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
 
 MAX_ROWS = 128
 """Rows of one product: enough to be bound by arithmetic, few enough that oneDNN keeps every row count's code cached."""
@@ -43,34 +44,60 @@ SMALL_WEIGHT = 2**16
 """Elements of `w_in` up to which oneDNN's fixed cost per call (about 25 us) outweighs what its packing saves."""
 
 
+class Matrix(NamedTuple):
+    """One of an expert's two weights with its bias, packed by an `Arithmetic`."""
+
+    w: Tensor
+    b: Tensor | None
+
+
+Expert: TypeAlias = "tuple[Matrix, Matrix]"
+"""Its weights in and out."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """One way to compute `x_RK @ w.T + b`."""
+    """One way to compute `x_RK @ w.T + b` for blocks of rows, each with a weight and bias of its own."""
 
     name: str
     dtype: torch.dtype
-    """Of rows and weights in the products."""
-    pack: Callable[[Tensor], Tensor]
+    """Of rows, and of weights and biases before they are packed."""
+    pack: Callable[[Tensor, Tensor | None], Matrix]
+    """Never shares memory with its arguments."""
     num_bytes: Callable[[Tensor], int]
-    """Of a packed weight, padding included."""
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """Of a packed weight or bias, padding included."""
+    product: Callable[[Tensor, list[int], Sequence[Matrix]], Tensor]
+    """x_RK, the rows of each block and its matrix -> y_RN, whose rows may be longer than N."""
     row_multiple: int = 1
     """Blocks are filled up to a multiple of this."""
     max_rows: int = MAX_ROWS
+    """Of a block."""
+    in_pool: bool = False
+    """Whether what is packed is plain memory, which may be moved: then it lies in huge pages."""
 
 
 class CpuKernel:
     """`ExpertKernel` on CPU cores. Keep torch's number of threads as it was at construction."""
 
-    def __init__(self, spec: ExpertSpec, num_slots: int) -> None:
+    def __init__(self, spec: ExpertSpec, num_slots: int, arithmetic: Arithmetic | None = None) -> None:
+        """`arithmetic` is the one chosen for this machine, unless another is to be tried."""
         self.spec = spec
         self.num_slots = num_slots
-        self.arithmetic, _ = choose_arithmetic(spec, torch.get_num_threads())
-        self._slots: list[ExpertWeights | None] = [None] * num_slots
+        if arithmetic is None:
+            self.arithmetic, self._slot_bytes = choose_arithmetic(spec, torch.get_num_threads())
+        else:
+            self.arithmetic = arithmetic
+            self._slot_bytes = _num_bytes(arithmetic, _pack(arithmetic, probe_weights(spec)))
+        self._slots: list[Expert | None] = [None] * num_slots
+        self._pool = huge_pages(num_slots * self._slot_bytes) if self.arithmetic.in_pool else None
 
     def write(self, slot: int, weights: ExpertWeights) -> None:
         weights.check(self.spec)
-        self._slots[slot] = _pack(self.arithmetic, weights)
+        expert = _pack(self.arithmetic, weights)
+        if self._pool is not None:
+            first = slot * self._slot_bytes
+            expert = _moved(expert, self._pool[first : first + self._slot_bytes])
+        self._slots[slot] = expert
 
     def clear(self, slot: int) -> None:
         self._slots[slot] = None
@@ -82,6 +109,8 @@ class CpuKernel:
             for row_p, slot_p in zip(torch.split(row_P, MAX_PAIRS), torch.split(slot_P, MAX_PAIRS), strict=True)
             if len(row_p) > 0
         ]
+        if len(parts_PH) == 1:
+            return parts_PH[0]
         return torch.cat(parts_PH) if parts_PH else x_TH.new_empty(0, self.spec.hidden)
 
 
@@ -101,8 +130,7 @@ def choose_arithmetic(spec: ExpertSpec, num_threads: int) -> tuple[Arithmetic, i
         except RuntimeError:  # oneDNN refuses some dtypes and shapes on some processors, and says so only when called
             continue
         if passed:
-            biases = [bias for bias in (expert.b_in, expert.b_out) if bias is not None]
-            return arithmetic, sum(map(arithmetic.num_bytes, expert[:2])) + sum(bias.nbytes for bias in biases)
+            return arithmetic, _num_bytes(arithmetic, expert)
     raise ConfigError(
         f"no linear algebra on this machine computes a row of {spec} independently of the others: "
         "try another number of threads (OMP_NUM_THREADS) or another build of torch"
@@ -110,61 +138,103 @@ def choose_arithmetic(spec: ExpertSpec, num_threads: int) -> tuple[Arithmetic, i
 
 
 def _ffn(
-    spec: ExpertSpec, arithmetic: Arithmetic, slots: Sequence[ExpertWeights | None], x_PH: Tensor, slot_P: Tensor
+    spec: ExpertSpec, arithmetic: Arithmetic, slots: Sequence[Expert | None], x_PH: Tensor, slot_P: Tensor
 ) -> Tensor:
-    linear, dtype = arithmetic.linear, arithmetic.dtype
+    product, dtype = arithmetic.product, arithmetic.dtype
     blocks = cut(slot_P.numpy(), arithmetic.max_rows)
     sizes, pairs = fill(blocks, arithmetic.row_multiple)
-    experts = [_written(slots, block.slot) for block in blocks]
+    ins, outs = zip(*(_written(slots, block.slot) for block in blocks), strict=True)
 
-    x_RH = (x_PH if len(pairs) == len(x_PH) else x_PH.index_select(0, torch.tensor(pairs))).to(dtype)
-    h_RN = torch.cat([linear(x, e.w_in, e.b_in) for x, e in zip(torch.split(x_RH, sizes), experts, strict=True)])
+    filled = len(pairs) > len(x_PH)
+    x_RH = (x_PH.index_select(0, torch.tensor(pairs)) if filled else x_PH).to(dtype)
+    h_RN = product(x_RH, sizes, ins)[:, : spec.rows_in]
     # One call for all experts, as an element's activation does not depend on its place.
     a_RI = activate(h_RN.float(), spec.activation, gated=spec.gated).to(dtype)
-    y_RH = [linear(a, e.w_out, e.b_out) for a, e in zip(torch.split(a_RI, sizes), experts, strict=True)]
-    y_PH = torch.cat([y[: block.stop - block.first] for y, block in zip(y_RH, blocks, strict=True)])
-    return y_PH.to(x_PH.dtype)
+    y_RH = product(a_RI, sizes, outs)[:, : spec.hidden]
+    if filled:
+        parts = zip(torch.split(y_RH, sizes), blocks, strict=True)
+        y_RH = torch.cat([y[: block.stop - block.first] for y, block in parts])
+    return y_RH.to(x_PH.dtype).contiguous()
 
 
-def _ffn_of_one(spec: ExpertSpec, arithmetic: Arithmetic, expert: ExpertWeights, x_RH: Tensor) -> Tensor:
+def _ffn_of_one(spec: ExpertSpec, arithmetic: Arithmetic, expert: Expert, x_RH: Tensor) -> Tensor:
     return _ffn(spec, arithmetic, [expert], x_RH, torch.zeros(len(x_RH), dtype=torch.int64))
 
 
-def _written(slots: Sequence[ExpertWeights | None], slot: int) -> ExpertWeights:
+def _written(slots: Sequence[Expert | None], slot: int) -> Expert:
     expert = slots[slot]
     assert expert is not None, f"slot {slot} was never written"
     return expert
 
 
-def _pack(arithmetic: Arithmetic, weights: ExpertWeights) -> ExpertWeights:
-    dtype = arithmetic.dtype
-    return ExpertWeights(
-        arithmetic.pack(weights.w_in.to(dtype)),
-        arithmetic.pack(weights.w_out.to(dtype)),
-        None if weights.b_in is None else weights.b_in.to(dtype, copy=True),
-        None if weights.b_out is None else weights.b_out.to(dtype, copy=True),
-    )
+def _pack(arithmetic: Arithmetic, weights: ExpertWeights) -> Expert:
+    w_in, w_out, b_in, b_out = (None if tensor is None else tensor.to(arithmetic.dtype) for tensor in weights)
+    assert w_in is not None
+    assert w_out is not None
+    return arithmetic.pack(w_in, b_in), arithmetic.pack(w_out, b_out)
+
+
+def _num_bytes(arithmetic: Arithmetic, expert: Expert) -> int:
+    return sum(arithmetic.num_bytes(tensor) for matrix in expert for tensor in matrix if tensor is not None)
+
+
+def _moved(expert: Expert, memory: Tensor) -> Expert:
+    """The same in `memory`, which it fills. Its tensors are of uint8, and its biases are among the weights."""
+    w_in, w_out = expert[0].w, expert[1].w
+    into, out_of = memory[: w_in.nbytes].view_as(w_in), memory[w_in.nbytes :].view_as(w_out)
+    return Matrix(into.copy_(w_in), None), Matrix(out_of.copy_(w_out), None)
 
 
 def _preferred(spec: ExpertSpec) -> Iterator[Arithmetic]:
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    # Units for bfloat16 matrices do an order more than float32 can in prompts' large products.
+    if has_onednn and spec.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
+        yield _prepacked("bfloat16")
+    if importlib.util.find_spec("llvmlite") is not None:
+        yield _panels(spec.dtype)
     if spec.hidden * spec.rows_in <= SMALL_WEIGHT:
         yield BY_FOURS
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        if spec.dtype == "bfloat16" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if has_onednn:
+        if spec.dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported():
             yield _prepacked("bfloat16")
         yield _prepacked("float32")
     yield BY_FOURS
     yield ONE_ROW
 
 
+def _panels(dtype: str) -> Arithmetic:
+    """Our own machine code. Weights stay in the spec's dtype."""
+    from expertmesh.kernels.cpu_panels import multiply, pack
+
+    def packed(w_NK: Tensor, b_N: Tensor | None) -> Matrix:
+        return Matrix(pack(getattr(torch, dtype), w_NK, b_N), None)
+
+    def product(x_RK: Tensor, sizes: list[int], matrices: Sequence[Matrix]) -> Tensor:
+        return multiply(dtype, x_RK, sizes, [matrix.w for matrix in matrices])
+
+    return Arithmetic(
+        name=f"panels of {dtype}",
+        dtype=torch.float32,
+        pack=packed,
+        num_bytes=lambda w: w.nbytes,
+        product=product,
+        max_rows=MAX_PAIRS,
+        in_pool=True,
+    )
+
+
 def _prepacked(dtype: str) -> Arithmetic:
     """oneDNN with the weight in its own blocked layout. Weights of odd sizes are padded, which `num_bytes` counts."""
+
+    def pack(w_NK: Tensor, b_N: Tensor | None) -> Matrix:
+        return Matrix(torch.ops.mkldnn._reorder_linear_weight(w_NK), _cloned(b_N))
+
     return Arithmetic(
         name=f"prepacked {dtype}",
         dtype=getattr(torch, dtype),
-        pack=torch.ops.mkldnn._reorder_linear_weight,
-        num_bytes=torch.ops.mkldnn._nbytes,
-        linear=_prepacked_linear,
+        pack=pack,
+        num_bytes=lambda t: torch.ops.mkldnn._nbytes(t) if t.is_mkldnn else t.nbytes,
+        product=one_by_one(_prepacked_linear),
     )
 
 
@@ -172,19 +242,42 @@ def _prepacked_linear(x_RK: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_RK, w, b, "none", [], "")  # type: ignore[no-any-return]
 
 
-BY_FOURS = Arithmetic(
-    name="plain float32, rows by fours",  # MKL takes other paths for leftover rows and for fewer than four
-    dtype=torch.float32,
-    pack=torch.clone,
-    num_bytes=lambda w: w.nbytes,
-    linear=F.linear,
-    row_multiple=4,
-)
-ONE_ROW = Arithmetic(
-    name="plain float32, row by row",
-    dtype=torch.float32,
-    pack=torch.clone,
-    num_bytes=lambda w: w.nbytes,
-    linear=F.linear,
-    max_rows=1,
-)
+def plain(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+    row_multiple: int = 1,
+    max_rows: int = MAX_ROWS,
+) -> Arithmetic:
+    """`linear` over weights as they are."""
+    return Arithmetic(
+        name=name,
+        dtype=dtype,
+        pack=lambda w_NK, b_N: Matrix(w_NK.clone(), _cloned(b_N)),
+        num_bytes=lambda t: t.nbytes,
+        product=one_by_one(linear),
+        row_multiple=row_multiple,
+        max_rows=max_rows,
+    )
+
+
+def one_by_one(
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Callable[[Tensor, list[int], Sequence[Matrix]], Tensor]:
+    """A product that calls `linear` for each block."""
+
+    def product(x_RK: Tensor, sizes: list[int], matrices: Sequence[Matrix]) -> Tensor:
+        blocks = zip(torch.split(x_RK, sizes), matrices, strict=True)
+        return torch.cat([linear(x, matrix.w, matrix.b) for x, matrix in blocks])
+
+    return product
+
+
+def _cloned(b_N: Tensor | None) -> Tensor | None:
+    return None if b_N is None else b_N.clone()
+
+
+# MKL takes other paths for leftover rows and for fewer than four.
+BY_FOURS = plain("plain float32, rows by fours", row_multiple=4)
+ONE_ROW = plain("plain float32, row by row", max_rows=1)

@@ -1,220 +1,80 @@
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""The expert FFN on a GPU: two Triton kernels over blocks of pairs, for any number of experts at once.
+"""The expert FFN on a GPU: two grouped products over blocks of pairs, for any number of experts at once.
 
 Owns the slabs: one tensor of all slots' weights per matrix, so that a block finds its expert by a slot number and a
 launch mixes rows of different layers and requests. Its invariant: a pair's bits depend on nothing but its row and its
-expert, because every pair goes through the same tile: the tile's shape and the order of K never depend on how many
-rows there are, no product is split over K, and nothing is added atomically.
+expert. Calls of different sizes go through different tiles, and that these give the same bits is tried on the device
+at hand before the first expert is loaded; tiles that do not agree with the most of them are not used.
 
 Rounding: products and activation accumulate in float32; a and y are rounded to the spec's dtype.
 
-Shapes: S slots, T token rows, P pairs, B blocks, H hidden, I intermediate, N = 2I with a gate, I without.
-Inside kernels: M, N, K are the sides of a tile.
+Shapes: S slots, T token rows, P pairs, B blocks, R probe rows, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+import functools
+import logging
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import triton
-import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertmesh.errors import ConfigError
+from expertmesh.kernels import triton_ops, tuning
 from expertmesh.kernels.blocks import cut
+from expertmesh.kernels.selfcheck import is_row_invariant, probe_rows, probe_weights
+from expertmesh.kernels.triton_tiles import Chip, choose, company, num_programs, options, product_constants, tilings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
+    from expertmesh.kernels.triton_tiles import Tile, Tiling
 
-BLOCK_M = 16
-"""Pairs in a block, always: the least that a tensor core takes, as decoding gives an expert few rows."""
+logger = logging.getLogger(__name__)
 
+INTERPRETED = Chip(backend="cuda", capability=90, shared_bytes=227 * 1024, num_processors=3)
+"""What Triton's interpreter stands for: a small Hopper, so that programs take several tiles each."""
 
-@triton.jit
-def _activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, GATED: tl.constexpr):
-    """As `activation.activate`, whose table of formulas is the one to read. `up` is ignored without a gate."""
-    if ACTIVATION == "swiglu_clamped":
-        gate = tl.minimum(gate, LIMIT)
-        a = gate * tl.sigmoid(gate) * tl.clamp(up, -LIMIT, LIMIT)
-    elif ACTIVATION == "swiglu_bounded":
-        a = tl.minimum(gate * tl.sigmoid(gate), LIMIT) * tl.clamp(up, -LIMIT, LIMIT)
-    elif ACTIVATION == "swiglu_oai":
-        gate = tl.minimum(gate, LIMIT)
-        a = gate * tl.sigmoid(gate * ALPHA) * (tl.clamp(up, -LIMIT, LIMIT) + 1.0)
-    elif ACTIVATION == "swiglu_softcapped":
-        a = _tanh(gate / ALPHA) * ALPHA * tl.sigmoid(gate) * (_tanh(up / LIMIT) * LIMIT)
-    else:
-        a = _pointwise(gate, ACTIVATION)
-        if GATED:
-            a *= up
-    return a
+PROBE_ROWS = 200
+"""Rows of the start-up check: more than the largest tile has, and not a multiple of any."""
 
-
-@triton.jit
-def _pointwise(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        a = x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        a = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_pytorch_tanh":
-        a = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == "quick_gelu":
-        a = x * tl.sigmoid(1.702 * x)
-    elif ACTIVATION == "relu":
-        a = tl.maximum(x, 0.0)
-    elif ACTIVATION == "relu2":
-        a = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
-    elif ACTIVATION == "sigmoid":
-        a = tl.sigmoid(x)
-    elif ACTIVATION == "tanh":
-        a = _tanh(x)
-    else:
-        tl.static_assert(ACTIVATION == "linear", "unknown activation")
-        a = x
-    return a
-
-
-@triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
-
-
-@triton.jit
-def in_kernel(
-    x_ptr,  # [T, H]
-    row_ptr,  # [P] int32
-    block_ptr,  # [B, 3] int32: slot, first pair, stop
-    w_ptr,  # [S, N, H]
-    b_ptr,  # [S, N], read if BIASED
-    a_ptr,  # [P, I]
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    GATED: tl.constexpr,
-    BIASED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """a = activation(x @ w_in.T + b_in) for one block of pairs and BLOCK_N columns of a."""
-    rows_in: tl.constexpr = I * 2 if GATED else I
-    block = block_ptr + tl.program_id(0) * 3
-    slot = tl.load(block).to(tl.int64)
-    pair_M = tl.load(block + 1) + tl.arange(0, BLOCK_M)
-    in_M = pair_M < tl.load(block + 2)
-    row_M = tl.load(row_ptr + pair_M, mask=in_M, other=0).to(tl.int64)
-    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_N = n_N < I
-    k_K = tl.arange(0, BLOCK_K)
-
-    x_MK = x_ptr + row_M[:, None] * H + k_K[None, :]
-    w_KN = w_ptr + slot * (rows_in * H) + n_N[None, :] * H + k_K[:, None]
-    gate_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, H, BLOCK_K):
-        in_K = k_K < H - k
-        x = tl.load(x_MK + k, mask=in_M[:, None] & in_K[None, :], other=0.0)
-        w = tl.load(w_KN + k, mask=in_K[:, None] & in_N[None, :], other=0.0)
-        gate_MN = tl.dot(x, w, gate_MN, input_precision=PRECISION)
-        if GATED:
-            w = tl.load(w_KN + I * H + k, mask=in_K[:, None] & in_N[None, :], other=0.0)
-            up_MN = tl.dot(x, w, up_MN, input_precision=PRECISION)
-    if BIASED:
-        b_N = b_ptr + slot * rows_in + n_N
-        gate_MN += tl.load(b_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up_MN += tl.load(b_N + I, mask=in_N, other=0.0).to(tl.float32)[None, :]
-    a_MN = _activate(gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA, GATED)
-    a = a_ptr + pair_M[:, None].to(tl.int64) * I + n_N[None, :]
-    tl.store(a, a_MN.to(a_ptr.dtype.element_ty), mask=in_M[:, None] & in_N[None, :])
-
-
-@triton.jit
-def out_kernel(
-    a_ptr,  # [P, I]
-    block_ptr,  # [B, 3] int32: slot, first pair, stop
-    w_ptr,  # [S, H, I]
-    b_ptr,  # [S, H], read if BIASED
-    y_ptr,  # [P, H]
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    BIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """y = a @ w_out.T + b_out for one block of pairs and BLOCK_N columns of y."""
-    block = block_ptr + tl.program_id(0) * 3
-    slot = tl.load(block).to(tl.int64)
-    pair_M = tl.load(block + 1) + tl.arange(0, BLOCK_M)
-    in_M = pair_M < tl.load(block + 2)
-    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_N = n_N < H
-    k_K = tl.arange(0, BLOCK_K)
-
-    a_MK = a_ptr + pair_M[:, None].to(tl.int64) * I + k_K[None, :]
-    w_KN = w_ptr + slot * (H * I) + n_N[None, :] * I + k_K[:, None]
-    y_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, I, BLOCK_K):
-        in_K = k_K < I - k
-        a = tl.load(a_MK + k, mask=in_M[:, None] & in_K[None, :], other=0.0)
-        w = tl.load(w_KN + k, mask=in_K[:, None] & in_N[None, :], other=0.0)
-        y_MN = tl.dot(a, w, y_MN, input_precision=PRECISION)
-    if BIASED:
-        y_MN += tl.load(b_ptr + slot * H + n_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
-    y = y_ptr + pair_M[:, None].to(tl.int64) * H + n_N[None, :]
-    tl.store(y, y_MN.to(y_ptr.dtype.element_ty), mask=in_M[:, None] & in_N[None, :])
-
-
-def constants(spec: ExpertSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The compile-time arguments of `in_kernel` and of `out_kernel`: functions of the spec alone, so that each kernel
-    is compiled once per spec and never again, whatever the number of rows."""
-    shared = {
-        "H": spec.hidden,
-        "I": spec.intermediate,
-        "BIASED": spec.bias,
-        "PRECISION": "ieee",  # TensorFloat-32 would keep 10 bits of a float32 model's 23
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": 64,
-        "BLOCK_K": 32 if spec.dtype == "float32" else 64,
-    }
-    activation = {
-        "GATED": spec.gated,
-        "ACTIVATION": spec.activation.name,
-        "LIMIT": spec.activation.limit,
-        "ALPHA": spec.activation.alpha,
-    }
-    return shared | activation, shared
-
-
-OPTIONS = {"num_warps": 4, "num_stages": 3}
+CHUNK = 1024
+"""Pairs that the index is built from at a time."""
 
 
 class TritonKernel:
     """`ExpertKernel` on one GPU; or on "cpu" in Triton's interpreter (TRITON_INTERPRET=1), to test without one."""
 
-    def __init__(self, spec: ExpertSpec, num_slots: int, device: str = "cuda") -> None:
+    def __init__(self, spec: ExpertSpec, num_slots: int, device: str = "cuda", *, chip: Chip | None = None) -> None:
         if device != "cpu" and not torch.cuda.is_available():
             raise ConfigError(f"device {device!r} cannot be used: torch finds no GPU here; use device 'cpu'")
         assert device != "cpu" or spec.dtype != "bfloat16", "Triton's interpreter multiplies bfloat16 as integers"
         self.spec = spec
         self.num_slots = num_slots
         self.device = torch.device(device)
-        dtype = getattr(torch, spec.dtype)
-        self._slabs = {
-            name: torch.empty(num_slots, *shape, dtype=dtype, device=self.device) for name, shape in spec.shapes.items()
+        self.chip = chip or chip_of(self.device)
+        self._dtype = getattr(torch, spec.dtype)
+        self.slabs = {
+            name: torch.empty(num_slots, *shape, dtype=self._dtype, device=self.device)
+            for name, shape in spec.shapes.items()
         }
+        self._tensor_maps: dict[tuple[str, int, int], TensorDescriptor] = {}
+        self.tilings = tilings(spec, self.chip)
+        """By company, from few to many; all give the same bits."""
+        if self.device.type == "cuda":
+            tuned = tuning.stored(spec, torch.cuda.get_device_name(self.device))
+            self.tilings = self.agreeing(tuned or self.tilings)
 
     def write(self, slot: int, weights: ExpertWeights) -> None:
         weights.check(self.spec)
-        for name, slab in self._slabs.items():
+        for name, slab in self.slabs.items():
             slab[slot].copy_(getattr(weights, name))
 
     def clear(self, slot: int) -> None:
@@ -222,26 +82,201 @@ class TritonKernel:
 
     @torch.no_grad()
     def run(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
-        if len(row_P) == 0:
+        num_pairs = len(row_P)
+        if num_pairs == 0:
             return x_TH.new_empty(0, self.spec.hidden)
-        blocks = cut(slot_P.numpy(), BLOCK_M)
-        in_constants, out_constants = constants(self.spec)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        slots = slot_P.numpy()
+        tiling = choose(self.tilings, company(slots))
+        firsts = [block.first for block in cut(slots, tiling.rows)]
+        # One array, as every copy to the device has a fixed cost.
+        index = torch.from_numpy(
+            np.concatenate(
+                [row_P.numpy(), slots, [len(firsts), *firsts, num_pairs]], dtype=np.int32, casting="same_kind"
+            )
+        )
+        with self._current():
             x = self._to_device(x_TH)
-            row = self._to_device(row_P.to(torch.int32))
-            block = self._to_device(torch.tensor(blocks, dtype=torch.int32))
-            a_PI = x.new_empty(len(row_P), self.spec.intermediate)
-            y_PH = x.new_empty(len(row_P), self.spec.hidden)
-            slabs = self._slabs
-            in_kernel[len(blocks), triton.cdiv(self.spec.intermediate, in_constants["BLOCK_N"])](
-                x, row, block, slabs["w_in"], slabs.get("b_in"), a_PI, **in_constants, **OPTIONS
+            index = self._to_device(index)
+            row, slot, block = index[:num_pairs], index[num_pairs : 2 * num_pairs], index[2 * num_pairs :]
+            _, y_PH = self.products(tiling, x, row, slot, block)
+            return self._to_host(y_PH)
+
+    @torch.no_grad()
+    def run_on_device(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor, company: float | None = None) -> Tensor:
+        """`run` for tensors that are on the device already, with pairs in any order; the result stays there.
+
+        The host learns nothing of the pairs, so a CUDA graph can hold the call. It cannot choose a tiling by them
+        either: `company` says what to expect (by default, pairs spread evenly over all slots).
+        """
+        num_pairs = len(row_P)
+        tiling = choose(self.tilings, num_pairs / self.num_slots if company is None else company)
+        with self._current():
+            slot, order = torch.sort(slot_P)
+            slot = slot.to(torch.int32)
+            block = self.index(tiling, slot)
+            _, y_PH = self.products(
+                tiling, x_TH, row_P[order].to(torch.int32), slot, block, place=order.to(torch.int32)
             )
-            out_kernel[len(blocks), triton.cdiv(self.spec.hidden, out_constants["BLOCK_N"])](
-                a_PI, block, slabs["w_out"], slabs.get("b_out"), y_PH, **out_constants, **OPTIONS
+            return y_PH
+
+    def index(self, tiling: Tiling, slot_P: Tensor) -> Tensor:
+        """The index of blocks of int32 slots that lie grouped on the device, as large as it could become."""
+        num_pairs = len(slot_P)
+        max_blocks = num_pairs // tiling.rows + min(num_pairs, self.num_slots)
+        block = torch.empty(max_blocks + 2, dtype=torch.int32, device=self.device)
+        triton_ops.block_kernel[(1,)](slot_P, block, num_pairs, BLOCK_M=tiling.rows, CHUNK=CHUNK)
+        return block
+
+    @torch.no_grad()
+    def agreeing(self, tilings: Sequence[Tiling], like: Tiling | None = None) -> tuple[Tiling, ...]:
+        """Those of `tilings` that give the bits of `like`, or else the most that give the same bits as one another;
+        for every row and in any company.
+
+        Writes the probe expert into slot 0. What is compared is not yet rounded to the spec's dtype, where a
+        difference in the order of a sum would mostly vanish, and would show up in one element of thousands.
+        Compiles every kernel of the tilings, so that no request waits for that.
+        """
+        self.write(0, probe_weights(self.spec))
+        x_RH = probe_rows(self.spec, PROBE_ROWS)
+        by_bits: dict[bytes, list[Tiling]] = {}
+        for tiling in tilings:
+            unrounded = functools.partial(self._probe, tiling, dtype=torch.float32)
+            try:
+                self._probe(tiling, x_RH, dtype=self._dtype)
+                passed = is_row_invariant(unrounded, x_RH)
+            except (RuntimeError, triton.OutOfResources):  # a compiler refuses a tile only when it has tried
+                continue
+            if passed:
+                by_bits.setdefault(unrounded(x_RH).numpy().tobytes(), []).append(tiling)
+        agreed = max(by_bits.values(), key=len, default=[])
+        if like is not None:
+            agreed = by_bits.get(self._probe(like, x_RH, dtype=torch.float32).numpy().tobytes(), [])
+        if not agreed:
+            raise ConfigError(
+                f"no tile computes a row of {self.spec} independently of the others on {self.device}: "
+                "try another release of triton, or device 'cpu'"
             )
-            return y_PH.cpu()
+        if len(agreed) < len(tilings):
+            logger.warning("%s: %d of %d tilings agree and may be used", self.device, len(agreed), len(tilings))
+        return tuple(agreed)
+
+    def launches(self, tile: Tile, slot_P: NDArray[np.int64]) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Launches of each product alone with a tile, on random rows and pairs of these slots: what a tuner times."""
+        spec, num_pairs = self.spec, len(slot_P)
+        firsts = [block.first for block in cut(slot_P, tile.rows)]
+        x_PH, a_PI = (
+            torch.randn(num_pairs, width, device=self.device).to(self._dtype)
+            for width in (spec.hidden, spec.intermediate)
+        )
+        row, slot, block = (
+            torch.tensor(values, dtype=torch.int32, device=self.device)
+            for values in (np.arange(num_pairs), slot_P, [len(firsts), *firsts, num_pairs])
+        )
+        into, out = torch.empty_like(a_PI), torch.empty_like(x_PH)
+
+        def launch_in() -> None:
+            with self._current():
+                self._product("in", tile, x_PH, row, slot, block, into, None)
+
+        def launch_out() -> None:
+            with self._current():
+                self._product("out", tile, a_PI, None, slot, block, out, None)
+
+        return launch_in, launch_out
+
+    def _probe(self, tiling: Tiling, x_RH: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Slot 0's a and y side by side, in `dtype`."""
+        num_rows = len(x_RH)
+        firsts = range(0, num_rows, tiling.rows)
+        with self._current():
+            row = torch.arange(num_rows, dtype=torch.int32, device=self.device)
+            block = torch.tensor([len(firsts), *firsts, num_rows], dtype=torch.int32, device=self.device)
+            x = x_RH.to(self.device)
+            return torch.cat(self.products(tiling, x, row, torch.zeros_like(row), block, dtype=dtype), 1).cpu()
+
+    def products(
+        self,
+        tiling: Tiling,
+        x_TH: Tensor,
+        row_P: Tensor,
+        slot_P: Tensor,
+        block: Tensor,
+        *,
+        place: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """a and y of pairs grouped by slot, each stored in `dtype` (the spec's unless given).
+
+        All on the device, indices int32; block is the `index` of slot_P; pair p's y goes to row `place[p]`.
+        """
+        spec, num_pairs = self.spec, len(row_P)
+        a_PI = x_TH.new_empty(num_pairs, spec.intermediate, dtype=dtype)
+        y_PH = x_TH.new_empty(num_pairs, spec.hidden, dtype=dtype)
+        self._product("in", tiling.into, x_TH, row_P, slot_P, block, a_PI, None)
+        self._product("out", tiling.out, a_PI.to(self._dtype), None, slot_P, block, y_PH, place)
+        return a_PI, y_PH
+
+    def _product(
+        self,
+        name: str,
+        tile: Tile,
+        x_TK: Tensor,
+        x_row_P: Tensor | None,
+        slot_P: Tensor,
+        block: Tensor,
+        y_PN: Tensor,
+        y_row_P: Tensor | None,
+    ) -> None:
+        constants = product_constants(self.spec, self.chip, tile, name, scatter=y_row_P is not None)
+        w = self.slabs[f"w_{name}"]
+        max_tiles = (len(block) - 2) * triton.cdiv(constants["N"], constants["BLOCK_N"])
+        triton_ops.product_kernel[(num_programs(tile, self.spec, self.chip, max_tiles),)](
+            x_TK,
+            x_row_P,
+            slot_P,
+            block,
+            self._tensor_map(f"w_{name}", constants["BLOCK_N"], tile.depth) if constants["TENSOR_MAP"] else w,
+            self.slabs.get(f"b_{name}"),
+            y_PN,
+            y_row_P,
+            **constants,
+            **options(self.chip, tile),
+        )
+
+    def _tensor_map(self, name: str, rows: int, columns: int) -> TensorDescriptor:
+        key = (name, rows, columns)
+        if key not in self._tensor_maps:
+            self._tensor_maps[key] = TensorDescriptor.from_tensor(self.slabs[name].flatten(0, 1), [rows, columns])
+        return self._tensor_maps[key]
+
+    def _current(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return host
+
+
+def chip_of(device: torch.device) -> Chip:
+    """What `device` is; `INTERPRETED` for a CPU."""
+    if device.type == "cpu":
+        return INTERPRETED
+    driver = triton.runtime.driver.active
+    with torch.cuda.device(device):
+        target = driver.get_current_target()
+        properties = driver.utils.get_device_properties(torch.cuda.current_device())
+    return Chip(
+        backend=target.backend,
+        capability=target.arch if target.backend == "cuda" else 0,
+        shared_bytes=properties["max_shared_mem"],
+        num_processors=properties["multiprocessor_count"],
+    )

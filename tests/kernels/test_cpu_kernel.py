@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from expertmesh.errors import ConfigError
 from expertmesh.kernels import cpu
-from expertmesh.kernels.cpu import BY_FOURS, MAX_PAIRS, MAX_ROWS, ONE_ROW, Arithmetic, CpuKernel, choose_arithmetic
+from expertmesh.kernels.cpu import BY_FOURS, MAX_PAIRS, MAX_ROWS, ONE_ROW, CpuKernel, choose_arithmetic, plain
 from expertmesh.kernels.reference import ReferenceKernel
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertWeights
 from tests.kernels.cases import (
@@ -33,9 +33,7 @@ from tests.kernels.cases import (
 
 UGLY_SIZES = [(1, 1), (7, 1), (1, 37), (37, 7), (64, 64), (37, 100), (192, 96), (100, 192), (300, 130)]
 
-PLAIN_BFLOAT16 = Arithmetic(
-    name="plain bfloat16", dtype=torch.bfloat16, pack=torch.clone, num_bytes=lambda w: w.nbytes, linear=F.linear
-)
+PLAIN_BFLOAT16 = plain("plain bfloat16", torch.bfloat16)
 """Stands in for oneDNN's bfloat16 where the processor has none: h and a are rounded too."""
 
 
@@ -50,10 +48,7 @@ def one_thread():
 @functools.cache
 def kernel_of(spec, num_threads=1, arithmetic=None) -> CpuKernel:
     assert torch.get_num_threads() == num_threads
-    kernel = CpuKernel(spec, NUM_SLOTS)
-    if arithmetic is not None:
-        kernel.arithmetic = arithmetic
-    return filled(kernel)
+    return filled(CpuKernel(spec, NUM_SLOTS, arithmetic))
 
 
 def assert_matches_reference(kernel, num_pairs):
@@ -84,7 +79,17 @@ def test_it_knows_every_ungated_activation(activation):
     assert_matches_reference(kernel_of(make_spec(40, 37, gated=False, activation=activation)), 16)
 
 
-@pytest.mark.parametrize("arithmetic", [BY_FOURS, ONE_ROW, PLAIN_BFLOAT16], ids=lambda arithmetic: arithmetic.name)
+def without_panels(spec):
+    """The arithmetics of a machine that has no llvmlite."""
+    return [one for one in cpu._preferred(spec) if not one.in_pool]
+
+
+PREPACKED = without_panels(make_spec(300, 300))[0]
+
+
+@pytest.mark.parametrize(
+    "arithmetic", [PREPACKED, BY_FOURS, ONE_ROW, PLAIN_BFLOAT16], ids=lambda arithmetic: arithmetic.name
+)
 def test_every_arithmetic_computes_what_the_reference_does(arithmetic):
     kernel = kernel_of(make_spec(100, 37, dtype="bfloat16", bias=True), arithmetic=arithmetic)
     assert_matches_reference(kernel, 33)
@@ -160,6 +165,7 @@ def test_a_written_slot_does_not_share_the_callers_memory(hidden, intermediate):
 
 
 MEASURE_SLOTS = """
+import sys
 import psutil, torch
 from expertmesh.kernels import slot_bytes
 from expertmesh.kernels.cpu import CpuKernel
@@ -169,8 +175,10 @@ def resident():
     return psutil.Process().memory_info().rss
 
 torch.set_num_threads(1)
+if sys.argv[1] == "without llvmlite":
+    sys.modules["llvmlite"] = None
 for dtype in ("float32", "bfloat16"):
-    spec = make_spec(2880, 90, dtype=dtype)
+    spec = make_spec(2880, 250, dtype=dtype)
     kernel = CpuKernel(spec, 60)
     for slot in range(60):
         kernel.write(slot, random_expert(spec, 0))
@@ -180,11 +188,12 @@ for dtype in ("float32", "bfloat16"):
 """
 
 
-def test_a_slot_takes_the_memory_that_is_said():
+@pytest.mark.parametrize("machine", ["with llvmlite", "without llvmlite"])
+def test_a_slot_takes_the_memory_that_is_said(machine):
     # The odd width is one that oneDNN pads. The threshold keeps the allocator from leaving holes between experts.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "524288"}
     lines = subprocess.run(
-        [sys.executable, "-c", MEASURE_SLOTS], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURE_SLOTS, machine], env=environment, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     for line in lines:
         taken_to_said, said_to_bare = map(float, line.split())
@@ -198,12 +207,12 @@ def noisy(x, w, b):
     return F.linear(x, w, b) * (1 + 1e-6 * (len(x) % 2))
 
 
-def refuse(w):
+def refuse(x, w, b):
     raise RuntimeError("could not create a primitive descriptor")
 
 
-NOISY = Arithmetic(name="noisy", dtype=torch.float32, pack=torch.clone, num_bytes=lambda w: w.nbytes, linear=noisy)
-REFUSING = Arithmetic(name="refusing", dtype=torch.float32, pack=refuse, num_bytes=lambda w: w.nbytes, linear=F.linear)
+NOISY = plain("noisy", linear=noisy)
+REFUSING = plain("refusing", linear=refuse)
 
 
 def test_an_arithmetic_that_is_not_invariant_is_passed_over(monkeypatch):

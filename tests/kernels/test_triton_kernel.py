@@ -1,24 +1,21 @@
-"""The Triton kernels: run on a GPU or in Triton's interpreter, and compiled for chips that are not here."""
+"""The Triton kernels, run on a GPU or in Triton's interpreter, against the reference."""
 
 from __future__ import annotations
 
-import re
-import subprocess
+import functools
 
 import numpy as np
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from expertmesh.errors import ConfigError
-from expertmesh.kernels import triton_kernel
+from expertmesh.kernels.blocks import cut
 from expertmesh.kernels.reference import ReferenceKernel
-from expertmesh.kernels.spec import Activation, ExpertSpec
-from expertmesh.kernels.triton_kernel import TritonKernel
+from expertmesh.kernels.triton_kernel import TritonKernel, chip_of
+from expertmesh.kernels.triton_tiles import tilings
+from tests.kernels import interpreter
 from tests.kernels.cases import (
     GATED_ACTIVATIONS,
     NUM_ROWS,
@@ -32,19 +29,26 @@ from tests.kernels.cases import (
 )
 from tests.kernels.interpreter import DEVICE, RUNNABLE_DTYPES, somewhere
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes that one block of threads may have, by compute capability (CUDA C Programming Guide, table 27)."""
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")]
 
 
 @pytest.fixture(scope="module")
-def run():
-    with somewhere() as compute:
-        yield compute
+def call():
+    with somewhere() as call:
+        yield call
 
 
-def assert_matches_reference(run, spec, num_pairs):
+@pytest.fixture(scope="module")
+def run(call):
+    return functools.partial(call, interpreter.compute)
+
+
+def assert_matches_reference(run, spec, num_pairs, *, way="run"):
     row_P, slot_P = random_pairs(num_pairs)
-    y = torch.from_numpy(run(spec, row_P.tolist(), slot_P.tolist()))
+    if way == "run_on_device":  # which takes pairs in any order
+        order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(0))
+        row_P, slot_P = row_P[order], slot_P[order]
+    y = torch.from_numpy(run(spec, row_P.tolist(), slot_P.tolist(), way=way))
     expected = filled(ReferenceKernel(spec, NUM_SLOTS)).run(random_rows(spec), row_P, slot_P).float()
     tolerance = TOLERANCE[spec.dtype]
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
@@ -58,6 +62,14 @@ def test_it_computes_what_the_reference_does(run, hidden, intermediate, dtype):
     spec = make_spec(hidden, intermediate, dtype=dtype, bias=hidden % 2 == 1)
     for num_pairs in (1, 3, 16, 33, 70):
         assert_matches_reference(run, spec, num_pairs)
+
+
+@pytest.mark.parametrize("way", ["plain", "run_on_device"])
+@pytest.mark.parametrize(("dtype", "gated"), [("float16", True), ("float32", False)])
+def test_every_way_through_it_computes_the_same(run, way, dtype, gated):
+    spec = make_spec(72, 136, dtype=dtype, gated=gated, bias=gated)
+    for num_pairs in (1, 21, 70, 300):
+        assert_matches_reference(run, spec, num_pairs, way=way)
 
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS, ids=lambda activation: activation.name)
@@ -77,26 +89,67 @@ def test_a_row_that_is_not_a_number_harms_no_other(run):
     slot_P = [0] * NUM_ROWS + [1] * NUM_ROWS
     healthy_PH = run(spec, row_P, slot_P)
     for poisoned in (0, 5, NUM_ROWS - 1):
-        y_PH = run(spec, row_P, slot_P, poisoned)
+        y_PH = run(spec, row_P, slot_P, poisoned=poisoned)
         others = np.array(row_P) != poisoned
         assert np.array_equal(y_PH[others], healthy_PH[others])
         assert np.isnan(y_PH[~others]).all()
 
 
+@pytest.mark.parametrize("sizes", [[1], [16], [17, 1], [0, 3, 0, 40, 16, 15], [100], [1] * 70, [33, 31, 32]])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_blocks_cut_on_the_device_are_those_cut_on_the_host(call, sizes, rows):
+    slot_P = np.repeat(np.arange(len(sizes)), sizes)
+    block = call(interpreter.cut_on_device, slot_P.tolist(), rows)
+    firsts = [block.first for block in cut(slot_P, rows)]
+    expected = [len(firsts), *firsts, len(slot_P)]
+    assert block[: len(expected)] == expected
+    assert set(block[len(expected) :]) <= {-1}, "it wrote beyond the index"
+
+
 # In the interpreter numpy multiplies, whose bits do depend on a row's place.
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("dtype", RUNNABLE_DTYPES)
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_a_pairs_bits_are_the_same_in_any_company(run, dtype, data):
-    spec = make_spec(300, 170, dtype=dtype, bias=True)
-    row_P = list(range(NUM_ROWS)) * NUM_SLOTS
-    slot_P = sorted(list(range(NUM_SLOTS)) * NUM_ROWS)
-    whole_PH = run(spec, row_P, slot_P)
-    chosen = sorted(data.draw(st.lists(st.integers(0, len(row_P) - 1), min_size=1, max_size=50)))
-    some_PH = run(spec, [row_P[pair] for pair in chosen], [slot_P[pair] for pair in chosen])
-    assert np.array_equal(some_PH, whole_PH[chosen])
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", RUNNABLE_DTYPES)
+    @settings(max_examples=50, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def test_a_pairs_bits_are_the_same_in_any_company(self, run, dtype, data):
+        spec = make_spec(300, 170, dtype=dtype, bias=True)
+        row_P = list(range(NUM_ROWS)) * NUM_SLOTS
+        slot_P = sorted(list(range(NUM_SLOTS)) * NUM_ROWS)
+        whole_PH = run(spec, row_P, slot_P)
+        chosen = sorted(data.draw(st.lists(st.integers(0, len(row_P) - 1), min_size=1, max_size=50)))
+        way = data.draw(st.sampled_from(["run", "run_on_device", "plain"]))
+        some_PH = run(spec, [row_P[pair] for pair in chosen], [slot_P[pair] for pair in chosen], way=way)
+        assert np.array_equal(some_PH, whole_PH[chosen])
+
+    @pytest.mark.parametrize("dtype", RUNNABLE_DTYPES)
+    @pytest.mark.parametrize(("hidden", "intermediate"), [(2048, 768), (2880, 2880), (1000, 520)])
+    def test_all_tilings_agree_to_the_last_bit(self, dtype, hidden, intermediate):
+        spec = make_spec(hidden, intermediate, dtype=dtype)
+        kernel = TritonKernel(spec, 1, DEVICE)
+        begun = tilings(spec, chip_of(kernel.device))
+        assert kernel.agreeing(begun) == begun
+
+    @pytest.mark.parametrize("num_pairs", [1, 8, 40, 300, 3000])
+    def test_a_cuda_graph_can_hold_a_call_whatever_the_pairs(self, num_pairs):
+        spec = make_spec(256, 128, dtype="bfloat16")
+        kernel = filled(TritonKernel(spec, NUM_SLOTS, DEVICE))
+        x_TH = random_rows(spec).to(DEVICE)
+        row_P, slot_P = (torch.zeros(num_pairs, dtype=torch.int64, device=DEVICE) for _ in range(2))
+        kernel.run_on_device(x_TH, row_P, slot_P)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y_PH = kernel.run_on_device(x_TH, row_P, slot_P)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            row, slot = (torch.randint(most, (num_pairs,), generator=generator) for most in (NUM_ROWS, NUM_SLOTS))
+            row_P.copy_(row)
+            slot_P.copy_(slot)
+            graph.replay()
+            order = slot.argsort(stable=True)
+            expected = kernel.run(random_rows(spec), row[order], slot[order])
+            assert torch.equal(y_PH.cpu()[order], expected)
 
 
 def test_no_pairs_give_no_rows():
@@ -109,52 +162,3 @@ def test_no_pairs_give_no_rows():
 def test_a_machine_without_a_gpu_is_told_so():
     with pytest.raises(ConfigError, match="finds no GPU"):
         TritonKernel(make_spec(16, 8), 1, "cuda:0")
-
-
-def compile_for(spec: ExpertSpec, chip: int):
-    """Both kernels as `TritonKernel.run` would launch them for `spec` on a chip of that compute capability."""
-    element = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[spec.dtype]
-    for kernel, constants in zip(
-        (triton_kernel.in_kernel, triton_kernel.out_kernel), triton_kernel.constants(spec), strict=True
-    ):
-        pointers = [name for name in kernel.arg_names if name not in constants]
-        signature = {name: "*i32" if name in ("row_ptr", "block_ptr") else element for name in pointers}
-        aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(pointers))}
-        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-        yield triton.compile(source, target=GPUTarget("cuda", chip, 32), options=triton_kernel.OPTIONS)
-
-
-def spilled_bytes(ptx: str, folder) -> int:
-    file = folder / "kernel.ptx"
-    file.write_text(ptx)
-    target = re.search(r"\.target (\w+)", ptx).group(1)
-    report = subprocess.run(
-        [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(file), "-o", str(folder / "kernel.cubin")],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-
-
-@pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize(
-    "spec",
-    [
-        make_spec(2048, 768, dtype="bfloat16"),
-        make_spec(
-            2880, 2880, dtype="bfloat16", bias=True, activation=Activation(name="swiglu_oai", limit=7.0, alpha=1.702)
-        ),
-        make_spec(1024, 2688, dtype="float16", gated=False, activation=Activation(name="relu2")),
-        make_spec(37, 7, dtype="float32", bias=True, activation=Activation(name="gelu_pytorch_tanh")),
-    ],
-    ids=lambda spec: f"{spec.hidden}x{spec.intermediate} {spec.dtype}",
-)
-def test_it_compiles_for_a_chip_without_spilling(spec, chip, tmp_path, monkeypatch):
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
-    compiled = list(compile_for(spec, chip))
-    assert [kernel.metadata.name for kernel in compiled] == ["in_kernel", "out_kernel"]
-    for kernel in compiled:
-        assert kernel.metadata.shared <= SHARED_MEMORY[chip]
-        assert spilled_bytes(kernel.asm["ptx"], tmp_path) == 0
-        assert ("mma.sync" in kernel.asm["ptx"] or "wgmma" in kernel.asm["ptx"]) == (spec.dtype != "float32")
