@@ -19,7 +19,7 @@ CONFIGURATION = HostConfiguration(
     checkpoint="",
     specs=(ExpertSpec(hidden=HIDDEN, intermediate=1, activation=Activation(name="silu"), dtype="bfloat16"),),
     layer_specs=(0,),
-    layer_experts=(2,),
+    layer_experts=(4,),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,17 @@ from rich.table import Table
 
 from expertmesh.cli.console import stderr, stdout
 from expertmesh.cli.trace_report import sparkline
+from expertmesh.errors import ConfigError
 
 app = typer.Typer(help="Measure this machine, each figure beside its baseline in the same run.", no_args_is_help=True)
+
+
+class Shape(enum.StrEnum):
+    """What `bench decode` can make."""
+
+    OLMOE = "olmoe"
+    QWEN3 = "qwen3"
+
 
 Picture = Annotated[Path | None, typer.Option(help="Draw it too, to this file (.svg, .png, .pdf).")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with the machine and the versions.")]
@@ -23,7 +33,7 @@ def exchange(
     as_json: AsJson = False,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which the sides take turns.")] = 40,
 ) -> None:
-    """What one exchange with 2 hosts costs, beside a bare gRPC stream and Ray actor calls.
+    """What one exchange with 2 hosts costs, beside raw sockets, a bare gRPC stream and Ray actor calls.
 
     Example:
 
@@ -31,7 +41,7 @@ def exchange(
     """
     from expertmesh.bench.exchange import run
 
-    with stderr.status("measuring: three sides take turns"):
+    with stderr.status("measuring: five sides take turns, then 1 to 4 hosts"):
         report = run(rounds=rounds)
     if as_json:
         _print_json(report)
@@ -42,13 +52,20 @@ def exchange(
     for side, of in report["milliseconds"].items():
         table.add_row(side, *(f"{of[key]:.3f}" for key in ("median", "p10", "p90")))
     stdout.print(table)
-    over_bare, over_ray = report["exchange_over_bare"], report["ray_over_exchange"]
-    stdout.print(
-        f"The exchange takes {over_bare['median']:.2f} times the bare stream "
-        f"({over_bare['p10']:.2f} to {over_bare['p90']:.2f}); "
-        f"Ray actor calls take {over_ray['median']:.2f} times the exchange "
-        f"({over_ray['p10']:.2f} to {over_ray['p90']:.2f})."
-    )
+    for text, key in (
+        ("The exchange takes {} times the raw sockets", "exchange_over_raw"),
+        ("Over gRPC it takes {} times that", "exchange_over_grpc_over_exchange"),
+        ("Over gRPC it takes {} times the bare stream", "exchange_over_grpc_over_bare"),
+        ("Ray actor calls take {} times the exchange over gRPC", "ray_over_exchange_over_grpc"),
+    ):
+        of = report[key]
+        stdout.print(text.format(f"{of['median']:.2f}") + f" ({of['p10']:.2f} to {of['p90']:.2f}).")
+    for text, key in (("", "by_hosts"), (" over gRPC", "by_hosts_over_grpc")):
+        added = report[key]["each_further_host"]["4"]
+        stdout.print(
+            f"Each host after the first, of 4, adds {added['median']:.0%}{text} "
+            f"({added['p10']:.0%} to {added['p90']:.0%})."
+        )
 
 
 @app.command("serve")
@@ -230,6 +247,97 @@ def planner_bench(as_json: AsJson = False) -> None:
         sizes = (f"{row[name]:,}" for name in ("layers", "experts", "hosts"))
         table.add_row(*sizes, *(f"{row['milliseconds'][name]:.1f}" for name in ("first", "drifted", "unchanged")))
     stdout.print(table)
+
+
+@app.command()
+def decode(
+    as_json: AsJson = False,
+    shape: Annotated[Shape, typer.Option(help="Whose sizes the model has.")] = Shape.OLMOE,
+    streams: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. [default: 1, 8, 32]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the sides take turns.")] = 5,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stream in a round.")] = 32,
+    picture: Picture = None,
+) -> None:
+    """Tokens per second of a router and 2 hosts, beside transformers and llama.cpp on the same cores. Needs no mesh.
+
+    Example:
+
+        expertmesh bench decode --streams 1 --streams 32 --json
+    """
+    from expertmesh.bench.decode import run
+    from expertmesh.bench.decode_picture import draw_decode
+    from expertmesh.cli.console import steps_shown
+
+    with steps_shown() as show:
+        report = run(shape=shape.value, streams=streams or [1, 8, 32], rounds=rounds, tokens=tokens, report=show)
+    if picture is not None:
+        draw_decode(report, picture)
+    if as_json:
+        _print_json(report)
+        return
+    sides = list(report["threads"])
+    table = Table(title=f"tokens per second: {report['shape']['model']}", title_style="", box=None, header_style="dim")
+    for column in ("streams", *sides):
+        table.add_column(column, justify="right")
+    for row in report["streams"]:
+        of = row["tokens_per_second"]
+        cells = (f"{of[side]['median']:.1f} ({of[side]['p10']:.1f} to {of[side]['p90']:.1f})" for side in sides)
+        table.add_row(str(row["streams"]), *cells)
+    stdout.print(table)
+    for row in report["streams"]:
+        times = (f"{spread['median']:.2f} times {side}" for side, spread in row["ours_over"].items())
+        stdout.print(f"At {row['streams']}: {', '.join(times)}.", highlight=False)
+    for side, reason in report["left_out"].items():
+        stdout.print(f"Without {side}: {reason}")
+
+
+@app.command("kernel")
+def kernel_bench(
+    as_json: AsJson = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds in which the sides take turns.")] = 15,
+    picture: Picture = None,
+) -> None:
+    """The experts of one layer, beside transformers' and a loop over them, and what the memory would allow.
+
+    Example:
+
+        expertmesh bench kernel --json
+    """
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {device!r} is neither cpu nor cuda")
+    with stderr.status("measuring: the sides take turns"):
+        if device == "cuda":
+            from expertmesh.bench import kernel_gpu
+
+            report = kernel_gpu.run(rounds=rounds)
+        else:
+            from expertmesh.bench import kernel
+
+            report = kernel.run(rounds=rounds)
+    if picture is not None:
+        if device == "cuda":
+            raise ConfigError("picture: only the figures of cpu are drawn")
+        kernel.draw(report, picture)
+    if as_json or device == "cuda":
+        _print_json(report)
+        return
+    for of_shape in report["shapes"]:
+        shape = of_shape["shape"]
+        table = Table(
+            title=f"{shape['experts']} experts of {shape['intermediate']:,}, hidden {shape['hidden']:,}, "
+            f"top-{shape['top_k']}; {report['threads']} threads, {of_shape['arithmetic']}",
+            title_style="",
+            box=None,
+            header_style="dim",
+        )
+        for column in ("tokens", "ms", "of the stream", "over"):
+            table.add_column(column, justify="left" if column == "over" else "right")
+        for at in of_shape["at"]:
+            over = (f"{name} {of['median']:.1f}x" for name, of in at["times_as_fast_as"].items())
+            milliseconds, share = at["milliseconds"][kernel.OURS]["median"], at["share_of_stream"]["median"]
+            table.add_row(str(at["tokens"]), f"{milliseconds:.2f}", f"{share:.0%}", ", ".join(over))
+        stdout.print(table)
 
 
 def _print_json(report: dict[str, Any]) -> None:

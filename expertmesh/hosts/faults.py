@@ -15,22 +15,19 @@ from typing import TYPE_CHECKING
 
 from expertmesh import signals
 from expertmesh.fault import AT_ONCE, FaultKind
-from expertmesh.hosts.rows import NO_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
-    from expertmesh._proto import host_pb2 as pb
     from expertmesh.clock import Clock
     from expertmesh.fault import Fault
     from expertmesh.hosts.host import MakeKernel
-    from expertmesh.hosts.rows import Respond
+    from expertmesh.hosts.rows import Refusal, Respond
     from expertmesh.kernels import ExpertKernel
     from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
+    from expertmesh.transport import LayerReply
 
 
 class Faults:
@@ -89,13 +86,13 @@ class Faults:
         if self.hits(FaultKind.SILENCE) or self.hits(FaultKind.DROP_REQUEST):
             return None
 
-        def meddled(reply: pb.ExchangeReply | None, rows: NDArray[np.uint8]) -> None:
+        def meddled(answer: LayerReply | Refusal | None) -> None:
             if self.hits(FaultKind.SILENCE) or self.hits(FaultKind.DROP_REPLY):
-                respond(None, NO_ROWS)
+                respond(None)
                 return
-            respond(reply, rows)
+            respond(answer)
             if self.hits(FaultKind.DUPLICATE_REPLY):
-                respond(reply, rows)
+                respond(answer)
 
         return meddled
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ class MakeKernel(Protocol):
     def __call__(self, spec: ExpertSpec, num_slots: int, device: str) -> ExpertKernel: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """A request whose experts have been found."""
 
     request: LayerRequest
@@ -164,7 +162,10 @@ def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64]
     if len(works) == 1:
         request = works[0].request
         rows = request.rows if request.rows.flags.writeable else request.rows.copy()  # torch takes no other
-        return rows, request.pair_rows.astype(np.int64), np.repeat(works[0].slots, request.counts)
+        slots = works[0].slots
+        num_pairs = len(request.pair_rows)
+        slot_P = np.full(num_pairs, slots[0]) if len(slots) == 1 else np.repeat(slots, request.counts)
+        return rows, request.pair_rows.astype(np.int64, copy=False), slot_P
     x_TB = np.concatenate([work.request.rows for work in works])
     starts = itertools.accumulate((len(work.request.rows) for work in works[:-1]), initial=0)
     row_P = np.concatenate(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from expertmesh._proto import host_pb2 as pb
 from expertmesh.errors import NotHeldError, ProtocolError
@@ -15,23 +13,26 @@ from expertmesh.transport import codec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
     from expertmesh.hosts.configuration import HostConfiguration
     from expertmesh.hosts.faults import Faults
     from expertmesh.hosts.host import Host
     from expertmesh.transport import LayerReply
 
-    Respond = Callable[[pb.ExchangeReply | None, NDArray[np.uint8]], None]
-    """Sends a reply and its rows. None: there will be none, for a fault that was asked for has hit it."""
+    Respond = Callable[[LayerReply | "Refusal" | None], None]
+    """Sends an answer. None: there will be none, for a fault that was asked for has hit it."""
 
 logger = logging.getLogger(__name__)
 
-NO_ROWS = np.empty(0, np.uint8)
+
+class Refusal(NamedTuple):
+    """Why there are no rows."""
+
+    code: pb.Error.Code
+    message: str
 
 
 class RowService:
-    """The exchange's side of a host, on the host's event loop. Whatever a message holds, it gets one reply, unless a
+    """The exchange's side of a host, on the host's event loop. Whatever a message holds, it gets one answer, unless a
     fault that was asked for hits it."""
 
     def __init__(self, host: Host, faults: Faults | None = None) -> None:
@@ -44,31 +45,30 @@ class RowService:
         self.connections = 0
         """Routers connected now, over gRPC and local sockets."""
 
-    def submit(self, message: pb.ExchangeRequest, rows: codec.Buffer, respond: Respond) -> None:
+    def submit(self, message: codec.RequestHeader, rows: codec.Buffer, respond: Respond) -> None:
         """Answer `message`, whose rows are `rows`, soon or at once."""
         if self._faults is not None:
             if (meddled := self._faults.meddle(respond)) is None:
-                respond(None, NO_ROWS)
+                respond(None)
                 return
             respond = meddled
-        request_id = message.id
 
         def done(outcome: LayerReply | Exception) -> None:
             if isinstance(outcome, Exception):
                 logger.error("a launch failed", exc_info=outcome)
-                respond(error_reply(request_id, pb.Error.FAILED, f"{type(outcome).__name__}: {outcome}"), NO_ROWS)
+                respond(Refusal(pb.Error.FAILED, f"{type(outcome).__name__}: {outcome}"))
             else:
-                respond(codec.encode_reply(request_id, outcome), outcome.rows)
+                respond(outcome)
 
         try:
             if (decoder := self._decoder_now()) is None:
-                respond(error_reply(request_id, pb.Error.NOT_READY, "the host is not configured yet"), NO_ROWS)
+                respond(Refusal(pb.Error.NOT_READY, "the host is not configured yet"))
                 return
             self._batcher.submit(self._host.prepare(decoder.decode(message, rows)), done)
         except ProtocolError as error:
-            respond(error_reply(request_id, pb.Error.INVALID, str(error)), NO_ROWS)
+            respond(Refusal(pb.Error.INVALID, str(error)))
         except NotHeldError as error:
-            respond(error_reply(request_id, pb.Error.NOT_READY, str(error)), NO_ROWS)
+            respond(Refusal(pb.Error.NOT_READY, str(error)))
 
     def _decoder_now(self) -> codec.RequestDecoder | None:
         """The decoder for what the host is configured for at the moment."""
@@ -76,8 +76,3 @@ class RowService:
             self._configuration = self._host.configuration
             self._decoder = codec.RequestDecoder(self._configuration) if self._configuration else None
         return self._decoder
-
-
-def error_reply(request_id: int, code: pb.Error.Code, message: str) -> pb.ExchangeReply:
-    """A reply that says why there are no rows."""
-    return pb.ExchangeReply(id=request_id, error=pb.Error(code=code, message=message))

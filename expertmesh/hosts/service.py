@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from expertmesh._proto import host_pb2 as pb
-from expertmesh._proto.host_pb2_grpc import HostServicer, add_HostServicer_to_server
+from expertmesh._proto.host_pb2_grpc import HostServicer
 from expertmesh.checkpoint.read import read_expert
 from expertmesh.checkpoint.source import resolve
 from expertmesh.errors import CheckpointError, ConfigError, NotHeldError, OutOfSlotsError, ProtocolError
@@ -23,9 +23,9 @@ from expertmesh.fault import FaultKind
 from expertmesh.hosts import selftest
 from expertmesh.hosts.door import TokenCheck, open_port
 from expertmesh.hosts.local_socket import LocalSocket
-from expertmesh.hosts.rows import RowService
+from expertmesh.hosts.rows import Refusal, RowService
 from expertmesh.ids import ExpertId
-from expertmesh.transport import codec
+from expertmesh.transport import LayerReply, codec
 from expertmesh.transport.grpc_link import SERVER_OPTIONS
 from expertmesh.transport.socket_link import listen
 
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
     from expertmesh.checkpoint.recipe import ExpertRecipe
     from expertmesh.hosts.configuration import HostConfiguration
@@ -63,20 +61,23 @@ class HostService(HostServicer):
         self.asked_at = time.monotonic()
         """When the controller last asked for statistics."""
 
-    async def Exchange(
-        self, requests: AsyncIterator[pb.ExchangeRequest], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.ExchangeReply]:
+    async def exchange(
+        self,
+        requests: AsyncIterator[tuple[pb.ExchangeRequest, codec.Buffer]],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[bytes]:
+        """The method Exchange, on messages as `codec` reads and writes them."""
         await context.send_initial_metadata(())  # the router sends no row before it has been let in
-        answers: asyncio.Queue[pb.ExchangeReply | None] = asyncio.Queue()
+        answers: asyncio.Queue[bytes] = asyncio.Queue()
         self._rows.connections += 1
         try:
-            async for message in requests:
-                self._rows.submit(message, message.rows, functools.partial(_put, answers))
+            async for message, rows in requests:
+                self._rows.submit(message, rows, functools.partial(_put, answers, message.id))
                 replies = [await answers.get()]
                 while not answers.empty():  # a fault has had it answered twice
                     replies.append(answers.get_nowait())
                 for reply in replies:
-                    if reply is not None:
+                    if reply:
                         yield reply
         finally:
             self._rows.connections -= 1
@@ -191,12 +192,13 @@ def _read_expert(root: Path, recipe: ExpertRecipe, spec: ExpertSpec) -> tuple[Ex
     return weights, selftest.expect(weights, spec)
 
 
-def _put(
-    answers: asyncio.Queue[pb.ExchangeReply | None], reply: pb.ExchangeReply | None, rows: NDArray[np.uint8]
-) -> None:
-    if reply is not None:
-        reply.rows = rows.tobytes()
-    answers.put_nowait(reply)
+def _put(answers: asyncio.Queue[bytes], request_id: int, answer: LayerReply | Refusal | None) -> None:
+    if answer is None:
+        answers.put_nowait(b"")
+    elif isinstance(answer, LayerReply):
+        answers.put_nowait(codec.encode_reply(request_id, answer))
+    else:
+        answers.put_nowait(codec.encode_refusal(request_id, *answer))
 
 
 _STATUS = (
@@ -215,6 +217,20 @@ async def _answered(call: Callable[[], Awaitable[T]], context: grpc.aio.Servicer
     except tuple(kind for kind, _ in _STATUS) as error:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         await context.abort(status, str(error))
+
+
+def _handlers(service: HostService) -> grpc.GenericRpcHandler:
+    """As the generated code has them, but for Exchange, whose rows should be copied as seldom as can be."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        of.name: grpc.unary_unary_rpc_method_handler(
+            getattr(service, of.name),
+            getattr(pb, of.input_type.name).FromString,
+            getattr(pb, of.output_type.name).SerializeToString,
+        )
+        for of in codec.SERVICE.methods
+    }
+    handlers["Exchange"] = grpc.stream_stream_rpc_method_handler(service.exchange, codec.parse_request)
+    return grpc.method_handlers_generic_handler(codec.SERVICE.full_name, handlers)
 
 
 class _Deafness(grpc.aio.ServerInterceptor):
@@ -267,7 +283,7 @@ class RunningServer:
             interceptors.append(_Deafness(faults))
         server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         service = HostService(host, rows, faults)
-        add_HostServicer_to_server(service, server)
+        server.add_generic_rpc_handlers((_handlers(service),))
         bound = open_port(server, f"{bind}:{port}", tls)
         await server.start()
         running = RunningServer(server, bound, service, rows)

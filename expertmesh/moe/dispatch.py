@@ -8,8 +8,8 @@ Shapes: T tokens, K experts per token, P pairs, E experts of the layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import bisect
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from expertmesh.placement import HostInfo, Placement
 
 
-@dataclass(frozen=True, slots=True)
-class HostPart:
+class HostPart(NamedTuple):
     """The part of a plan that one host computes. Its pairs are grouped by expert."""
 
     host: HostInfo
@@ -51,7 +50,7 @@ def make_dispatch_plan(
     failed: frozenset[HostId] = frozenset(),
     avoided: frozenset[HostId] = frozenset(),
 ) -> list[HostPart]:
-    """Plan where `pairs` (indices into `expert_P`, the chosen expert of every pair, in any order) are computed.
+    """Plan where `pairs` (distinct indices into `expert_P`, the chosen expert of every pair) are computed.
 
     An expert's pairs go to its replicas in contiguous runs, as long as `split_rows` says. `num_choices` is K. Nothing
     goes to hosts in `failed`, and to those in `avoided` only what no other holds. Raises NoReadyReplicaError when a
@@ -59,64 +58,43 @@ def make_dispatch_plan(
     """
     table = placement.table(layer, failed, avoided)
     num_experts = len(table.num_replicas_E)
-    expert = expert_P[pairs]
-    if not table.is_complete and not (replicas := table.num_replicas_E[expert]).all():
+    are_all = len(pairs) == len(expert_P)
+    if not are_all:
+        pairs = np.sort(pairs)
+    expert = expert_P if are_all else expert_P.take(pairs)
+    if not table.is_complete and not (replicas := table.num_replicas_E.take(expert)).all():
         raise NoReadyReplicaError(ExpertId(layer, int(expert[np.argmin(replicas)])))
     # The key orders pairs by host, and in it by expert.
     if table.key_EM.shape[1] == 1:
-        key = table.key_EM[:, 0][expert]
+        key = table.key_EM.take(expert)
     else:
         rows_E = np.bincount(expert, minlength=num_experts)
         counts_EM = split_rows(rows_E, table, [0.0] * len(placement.hosts), placement.time_models)
         key = table.key_EM[expert, _choose_replica(expert, rows_E, counts_EM)]
 
     # One stable sort brings the pairs of a host, and in it those of an expert, together and keeps tokens ascending.
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    pairs = pairs[order]
-    runs = [0, *(np.flatnonzero(key[1:] != key[:-1]) + 1).tolist(), len(key)]
-    segments = _segments(key[runs[:-1]].tolist(), runs, num_experts)
-    tokens, pair_rows = _rows_once(pairs // num_choices, segments, len(expert_P) // num_choices)
-    return [
-        HostPart(
-            host=placement.hosts[segment.host],
-            pairs=pairs[segment.start : segment.stop],
-            tokens=tokens[i],
-            pair_rows=pair_rows[segment.start : segment.stop],
-            experts=segment.experts,
-            counts=segment.counts,
-        )
-        for i, segment in enumerate(segments)
-    ]
+    order = key.argsort(kind="stable")
+    key = key.take(order)
+    pairs = order if are_all else pairs.take(order)
+    tokens = pairs // num_choices
+    # Runs of one expert on one host: where each stops, and whose it is.
+    stops = ((key[1:] != key[:-1]).nonzero()[0] + 1).tolist()
+    stops.append(len(key))
+    starts = [0, *stops[:-1]]
+    host, index = (of.tolist() for of in np.divmod(key.take(starts), num_experts))
 
-
-@dataclass(slots=True)
-class _Segment:
-    """The sorted pairs of one host."""
-
-    host: int
-    start: int
-    stop: int
-    experts: list[int]
-    counts: list[int]
-
-
-def _segments(keys: list[int], bounds: list[int], num_experts: int) -> list[_Segment]:
-    """Join the runs of pairs with one key, run i being bounds[i] to bounds[i + 1], to segments of one host each.
-
-    A plain loop: there are few runs, and it beats array operations one at a time.
-    """
-    segments: list[_Segment] = []
-    for i, key in enumerate(keys):
-        start, stop = bounds[i], bounds[i + 1]
-        host, expert = divmod(key, num_experts)
-        if not segments or segments[-1].host != host:
-            segments.append(_Segment(host, start, stop, [], []))
-        last = segments[-1]
-        last.stop = stop
-        last.experts.append(expert)
-        last.counts.append(stop - start)
-    return segments
+    parts = []
+    num_tokens = len(expert_P) // num_choices
+    first = 0
+    while first < len(stops):
+        last = bisect.bisect_right(host, host[first], first)
+        start, stop = starts[first], stops[last - 1]
+        rows, pair_rows = _rows_once(tokens[start:stop], num_tokens, last - first)
+        counts = [stop - start for start, stop in zip(starts[first:last], stops[first:last], strict=True)]
+        part = HostPart(placement.hosts[host[first]], pairs[start:stop], rows, pair_rows, index[first:last], counts)
+        parts.append(part)
+        first = last
+    return parts
 
 
 def _choose_replica(
@@ -133,28 +111,15 @@ def _choose_replica(
 
 
 def _rows_once(
-    token_P: NDArray[np.int64], segments: list[_Segment], num_tokens: int
-) -> tuple[list[NDArray[np.int64]], NDArray[np.int32]]:
-    """Per segment its distinct tokens, ascending; and for each pair its token's position among them."""
-    ascends = token_P[1:] > token_P[:-1]
-    ascends[[segment.stop - 1 for segment in segments[:-1]]] = True
-    if ascends.all():  # one expert for each host, commonly
-        ranges = [np.arange(segment.stop - segment.start, dtype=np.int32) for segment in segments]
-        return [token_P[segment.start : segment.stop] for segment in segments], np.concatenate(ranges)
-    # All segments at once, each on its own stretch of `num_tokens` cells.
-    cell_P = token_P
-    if len(segments) > 1:
-        lengths = [segment.stop - segment.start for segment in segments]
-        cell_P = token_P + np.repeat(np.arange(len(segments)) * num_tokens, lengths)
-    wanted = np.zeros(len(segments) * num_tokens, dtype=np.bool_)
-    wanted[cell_P] = True
-    rank = np.cumsum(wanted, dtype=np.int32) - np.int32(1)
-    cells = np.flatnonzero(wanted)
-    row_P = rank[cell_P]
-    tokens, before = [], 0
-    for i, segment in enumerate(segments):
-        after = int(rank[(i + 1) * num_tokens - 1]) + 1
-        tokens.append(cells[before:after] - i * num_tokens)
-        row_P[segment.start : segment.stop] -= before
-        before = after
-    return tokens, row_P
+    token_P: NDArray[np.int64], num_tokens: int, num_experts: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The distinct tokens of a host's pairs, ascending; and for each pair its token's position among them."""
+    is_wanted_T = np.zeros(num_tokens, dtype=np.bool_)
+    is_wanted_T[token_P] = True
+    tokens = is_wanted_T.nonzero()[0]
+    if num_experts == 1 and len(tokens) == len(token_P):
+        return tokens, np.arange(len(tokens), dtype=np.int32)
+    if len(tokens) == num_tokens:
+        return tokens, token_P.astype(np.int32)
+    rank_T = is_wanted_T.cumsum(dtype=np.int32)
+    return tokens, rank_T.take(token_P) - np.int32(1)

@@ -119,7 +119,7 @@ class Exchange:
                 self._transport.forget(ticket)
             if self._asides:
                 self._asides.run_ended(self._clock.monotonic())
-        return torch.from_numpy(run.y_PB).view(x.dtype).view(num_tokens, num_choices, -1)
+        return torch.from_numpy(run.y_PB.reshape(num_tokens, num_choices, -1)).view(x.dtype)
 
     def _deliver(self, run: Run) -> None:
         """Send what is to do, take what comes, until every pair has its row."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -13,21 +12,19 @@ if TYPE_CHECKING:
     from expertmesh.placement import HostInfo
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRequest:
+class LayerRequest(NamedTuple):
     """Token rows of one layer for one host, and which of its experts each goes to. See protos/host.proto."""
 
     layer: int
     dtype: str
     rows: NDArray[np.uint8]
     """[t, hidden * itemsize] the rows' bytes, each row once."""
-    pair_rows: NDArray[np.int32]
+    pair_rows: NDArray[np.int32 | np.int64]
     experts: list[int]
     counts: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerReply:
+class LayerReply(NamedTuple):
     """One result row per pair, in the pairs' order, neither weighted nor summed."""
 
     rows: NDArray[np.uint8]

@@ -7,7 +7,7 @@ whatever is wrong is a ProtocolError that names the field.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,31 +24,96 @@ from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec
 from expertmesh.transport import LayerReply, LayerRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-_TO_DTYPE = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT16}
-_FROM_DTYPE = {number: name for name, number in _TO_DTYPE.items()}
+DTYPE_NUMBERS = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT16}
+_FROM_DTYPE = {number: name for name, number in DTYPE_NUMBERS.items()}
 _TO_KIND: dict[FaultKind, pb.Fault.Kind] = {kind: getattr(pb.Fault, kind.name) for kind in FaultKind}
 _FROM_KIND = {number: kind for kind, number in _TO_KIND.items()}
 
 
-Buffer = bytes | NDArray[np.uint8]
+Buffer = bytes | memoryview | NDArray[np.uint8]
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Host"]
+EXCHANGE_METHOD = f"/{SERVICE.full_name}/Exchange"
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Of one message, in either direction; larger ones are refused by gRPC before they are read."""
 
 
-def encode_request(request_id: int, request: LayerRequest) -> pb.ExchangeRequest:
-    """All of a request but its rows: how they travel is the link's business, here as in the other functions."""
-    return pb.ExchangeRequest(
+def encode_request(request_id: int, request: LayerRequest) -> bytes:
+    """An ExchangeRequest."""
+    message = pb.ExchangeRequest(
         id=request_id,
         layer=request.layer,
-        dtype=_TO_DTYPE[request.dtype],
+        dtype=DTYPE_NUMBERS[request.dtype],
         num_rows=len(request.rows),
         experts=request.experts,
         counts=request.counts,
-        pair_rows=request.pair_rows.tobytes(),
+        pair_rows=request.pair_rows.astype(np.int32, copy=False).tobytes(),
     )
+    return _with_rows(_REQUEST_ROWS, request.rows, message.SerializeToString())
+
+
+def parse_request(data: bytes) -> tuple[pb.ExchangeRequest, Buffer]:
+    """A message, and its rows: they are not copied if they come first. Raises DecodeError."""
+    rows, rest = _rows_first(_REQUEST_ROWS, data)
+    message = pb.ExchangeRequest.FromString(rest)
+    return message, message.rows or rows
+
+
+# The fields of a message may come in any order. With its rows first, the rest can be parsed without touching them.
+_REQUEST_ROWS, _REPLY_ROWS = (
+    bytes([of.DESCRIPTOR.fields_by_name["rows"].number << 3 | 2]) for of in (pb.ExchangeRequest, pb.ExchangeReply)
+)
+
+
+def _with_rows(tag: bytes, rows: NDArray[np.uint8], rest: bytes) -> bytes:
+    head, length = bytearray(tag), rows.nbytes
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    return b"".join((head, rows.reshape(-1).data, rest))
+
+
+def _rows_first(tag: bytes, data: bytes) -> tuple[memoryview, bytes]:
+    """The rows and the rest of a message that begins with them; else no rows and the message."""
+    if not data.startswith(tag):
+        return _NOTHING, data
+    length = shift = 0
+    for at in range(1, min(6, len(data))):
+        length |= (data[at] & 0x7F) << shift
+        shift += 7
+        if data[at] < 0x80:
+            end = at + 1 + length
+            if end <= len(data):
+                return memoryview(data)[at + 1 : end], data[end:]
+            break
+    return _NOTHING, data
+
+
+_NOTHING = memoryview(b"")
+
+
+class RequestHeader(Protocol):
+    """All of a request but its id and its rows, as `pb.ExchangeRequest` has it."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def dtype(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def experts(self) -> Sequence[int]: ...
+    @property
+    def counts(self) -> Sequence[int]: ...
+    @property
+    def pair_rows(self) -> bytes | memoryview: ...
+
+
+_UINT32 = np.dtype("<u4")
 
 
 class RequestDecoder:
@@ -56,7 +121,7 @@ class RequestDecoder:
 
     def __init__(self, configuration: HostConfiguration) -> None:
         self._layers = [
-            _LayerShape(_TO_DTYPE[spec.dtype], spec.dtype, spec.hidden * spec.itemsize, num_experts)
+            _LayerShape(DTYPE_NUMBERS[spec.dtype], spec.dtype, spec.hidden * spec.itemsize, num_experts)
             for spec, num_experts in zip(
                 (configuration.spec(layer) for layer in range(configuration.num_layers)),
                 configuration.layer_experts,
@@ -64,14 +129,15 @@ class RequestDecoder:
             )
         ]
 
-    def decode(self, message: pb.ExchangeRequest, row_data: Buffer) -> LayerRequest:
-        """The request that a message and its rows are. Raises ProtocolError."""
+    def decode(self, message: RequestHeader, row_data: Buffer) -> LayerRequest:
+        """The request that a message and its rows are. Raises ProtocolError. `pair_rows` and `row_data` may change at
+        any time: of the first a copy is checked, and of the other no content matters."""
         layer, num_rows = message.layer, message.num_rows
         if layer >= len(self._layers):
             raise ProtocolError(f"layer {layer}: the model has {len(self._layers)} MoE layers")
         number, dtype, row_bytes, num_experts = self._layers[layer]
         if message.dtype != number:
-            given = _FROM_DTYPE.get(message.dtype) or message.dtype
+            given = next((name for name, of in DTYPE_NUMBERS.items() if of == message.dtype), message.dtype)
             raise ProtocolError(f"dtype {given}: the experts of layer {layer} take {dtype}")
         if num_rows == 0 or len(row_data) != num_rows * row_bytes:
             raise ProtocolError(
@@ -89,11 +155,11 @@ class RequestDecoder:
         pair_data = message.pair_rows
         if len(pair_data) != 4 * num_pairs:
             raise ProtocolError(f"pair_rows has {len(pair_data)} bytes: {num_pairs} pairs take {4 * num_pairs}")
-        pair_rows = np.frombuffer(pair_data, dtype="<u4")  # a negative index reads as a huge one
+        pair_rows = np.frombuffer(pair_data, _UINT32).astype(np.int64)  # a negative index reads as a huge one
         if pair_rows.max() >= num_rows:
             raise ProtocolError(f"pair_rows: each must be in 0 to {num_rows - 1}")
         rows = np.frombuffer(row_data, dtype=np.uint8).reshape(num_rows, row_bytes)
-        return LayerRequest(layer, dtype, rows, pair_rows.view(np.int32), experts, counts)
+        return LayerRequest(layer, dtype, rows, pair_rows, experts, counts)
 
 
 class _LayerShape(NamedTuple):
@@ -105,18 +171,31 @@ class _LayerShape(NamedTuple):
     num_experts: int
 
 
-def encode_reply(request_id: int, reply: LayerReply) -> pb.ExchangeReply:
-    return pb.ExchangeReply(id=request_id, compute_s=reply.compute_s)
+def encode_reply(request_id: int, reply: LayerReply) -> bytes:
+    """An ExchangeReply with rows."""
+    rest = pb.ExchangeReply(id=request_id, compute_s=reply.compute_s).SerializeToString()
+    return _with_rows(_REPLY_ROWS, reply.rows, rest)
 
 
-def decode_reply(message: pb.ExchangeReply, row_data: Buffer, num_pairs: int, row_bytes: int) -> LayerReply:
+def encode_refusal(request_id: int, code: pb.Error.Code, message: str) -> bytes:
+    """An ExchangeReply that says why there are no rows."""
+    return pb.ExchangeReply(id=request_id, error=pb.Error(code=code, message=message)).SerializeToString()
+
+
+def parse_reply(data: bytes) -> tuple[pb.ExchangeReply, Buffer]:
+    """A message and its rows, as `parse_request`. Raises DecodeError."""
+    rows, rest = _rows_first(_REPLY_ROWS, data)
+    message = pb.ExchangeReply.FromString(rest)
+    return message, message.rows or rows
+
+
+def decode_reply(compute_s: float, row_data: Buffer, num_pairs: int, row_bytes: int) -> LayerReply:
     """Check a host's answer against what it was asked. Raises ProtocolError."""
     if len(row_data) != num_pairs * row_bytes:
         raise ProtocolError(f"answered {len(row_data)} bytes: {num_pairs} pairs take {num_pairs * row_bytes}")
-    if not 0 <= message.compute_s < math.inf:
-        raise ProtocolError(f"answered that it took {message.compute_s} seconds")
-    rows = np.frombuffer(row_data, dtype=np.uint8).reshape(num_pairs, row_bytes)
-    return LayerReply(rows, message.compute_s)
+    if not 0 <= compute_s < math.inf:
+        raise ProtocolError(f"answered that it took {compute_s} seconds")
+    return LayerReply(np.frombuffer(row_data, dtype=np.uint8).reshape(num_pairs, row_bytes), compute_s)
 
 
 def encode_spec(spec: ExpertSpec) -> pb.ExpertSpec:
@@ -128,7 +207,7 @@ def encode_spec(spec: ExpertSpec) -> pb.ExpertSpec:
         activation=spec.activation.name,
         limit=spec.activation.limit,
         alpha=spec.activation.alpha,
-        dtype=_TO_DTYPE[spec.dtype],
+        dtype=DTYPE_NUMBERS[spec.dtype],
     )
 
 

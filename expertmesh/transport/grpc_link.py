@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from expertmesh._proto.host_pb2_grpc import HostStub
 from expertmesh.tls import HOST_NAME, live_identity
 from expertmesh.transport import codec
 from expertmesh.transport.codec import MAX_MESSAGE_BYTES
@@ -85,7 +84,10 @@ class GrpcLink:
         self._loop = asyncio.get_running_loop()
         self._pending = Pending(host.id, deliver)
         self._channel = open_channel(host, tls)
-        self._call = HostStub(self._channel).Exchange(metadata=credentials(token))
+        exchange: grpc.aio.StreamStreamMultiCallable[bytes, tuple[pb.ExchangeReply, codec.Buffer]]
+        exchange = self._channel.stream_stream(codec.EXCHANGE_METHOD, response_deserializer=codec.parse_reply)
+        self._call = exchange(metadata=credentials(token))
+        self._is_let_in = False
         self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._writers: set[asyncio.Task[None]] = set()
         self._reader = self._loop.create_task(self._read(), name=f"read {host.id}")
@@ -101,18 +103,23 @@ class GrpcLink:
     def broken(self) -> str | None:
         return self._pending.broken
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has nothing left to do."""
+        return self._reader.done()
+
     def send(self, ticket: int, request: LayerRequest) -> None:
         if self._pending.add(ticket, request):
-            message = codec.encode_request(ticket, request)
-            message.rows = request.rows.tobytes()
-            writer = self._loop.create_task(self._write(message))
+            writer = self._loop.create_task(self._write(codec.encode_request(ticket, request)))
             self._writers.add(writer)
             writer.add_done_callback(self._writers.discard)
 
-    async def _write(self, message: pb.ExchangeRequest) -> None:
+    async def _write(self, message: bytes) -> None:
         try:
             async with self._writing:
-                await self._call.initial_metadata()  # the host has let us in, or has refused and ended the stream
+                if not self._is_let_in:
+                    await self._call.initial_metadata()  # now it has let us in, or has refused and ended the stream
+                    self._is_let_in = True
                 await self._call.write(message)
         except asyncio.InvalidStateError:
             pass  # the stream has ended: the reader comes to know why, and fails all who wait
@@ -123,8 +130,12 @@ class GrpcLink:
         """Pass on each reply; when the stream ends, however it does, fail all who wait."""
         cause = "the host ended the stream"
         try:
-            while (reply := await self._call.read()) is not grpc.aio.EOF:
-                self._pending.reply(reply, reply.rows)
+            while isinstance(reply := await self._call.read(), tuple):
+                message, rows = reply
+                if message.HasField("error"):
+                    self._pending.refuse(message.id, message.error.code, message.error.message)
+                else:
+                    self._pending.reply(message.id, rows, message.compute_s)
             if (code := await self._call.code()) is not grpc.StatusCode.OK:
                 cause = f"{code.name}: {await self._call.details()}"
         except grpc.aio.AioRpcError as error:

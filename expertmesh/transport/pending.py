@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Pending:
-    """Turns a host's replies into answers, checked against what was asked."""
+    """Turns a host's replies into answers, checked against what was asked. A reply to a request that is not waiting is
+    ignored."""
 
     def __init__(self, host: HostId, deliver: Callable[[Answer], None]) -> None:
         self._host = host
@@ -33,23 +34,25 @@ class Pending:
         self._requests[ticket] = request
         return True
 
-    def reply(self, message: pb.ExchangeReply, rows: codec.Buffer) -> None:
-        """A host's reply came. One to a request that is not waiting is ignored."""
-        request = self._requests.pop(message.id, None)
-        if request is not None:
-            self._deliver(Answer(message.id, self._outcome(message, rows, request)))
-
-    def _outcome(
-        self, message: pb.ExchangeReply, rows: codec.Buffer, request: LayerRequest
-    ) -> LayerReply | ReplicaUnavailableError | ReplicaFailedError:
-        if message.HasField("error"):
-            if message.error.code == pb.Error.NOT_READY:
-                return ReplicaUnavailableError(self._host, message.error.message, is_alive=True)
-            return ReplicaFailedError(self._host, message.error.message)
+    def reply(self, ticket: int, rows: codec.Buffer, compute_s: float) -> None:
+        """The host answered with rows."""
+        if (request := self._requests.pop(ticket, None)) is None:
+            return
+        outcome: LayerReply | ReplicaFailedError
         try:
-            return codec.decode_reply(message, rows, len(request.pair_rows), request.rows.shape[1])
+            outcome = codec.decode_reply(compute_s, rows, len(request.pair_rows), request.rows.shape[1])
         except ProtocolError as error:
-            return ReplicaFailedError(self._host, str(error))
+            outcome = ReplicaFailedError(self._host, str(error))
+        self._deliver(Answer(ticket, outcome))
+
+    def refuse(self, ticket: int, code: int, cause: str) -> None:
+        """The host answered with an error, of one of the codes of `pb.Error`."""
+        if self._requests.pop(ticket, None) is None:
+            return
+        if code == pb.Error.NOT_READY:
+            self._deliver(Answer(ticket, ReplicaUnavailableError(self._host, cause, is_alive=True)))
+        else:
+            self._deliver(Answer(ticket, ReplicaFailedError(self._host, cause)))
 
     def fail(self, cause: str) -> None:
         """The link is broken: answer all who wait. The first cause stands."""

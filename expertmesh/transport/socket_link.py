@@ -1,34 +1,36 @@
-"""A link over a local socket, to a host of the same machine: the messages of the gRPC stream, with their rows beside.
+"""A link to a host of the same machine: rows in shared memory, and short messages over a local socket that say so.
 
 The socket's name is random and in Linux's abstract namespace: it is known only through the placement, can be reached
 only from this machine (and this container's network), and vanishes with the process that listens, however that ends.
-Connecting is therefore also the test whether the host is here.
+Connecting is therefore also the test whether the host is here. protos/host.proto has the messages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING
 
-from google.protobuf.message import DecodeError
+import numpy as np
 
-from expertmesh._proto import host_pb2 as pb
-from expertmesh.transport import codec
-from expertmesh.transport.codec import MAX_MESSAGE_BYTES
-from expertmesh.transport.frames import FrameSocket
+from expertmesh.transport.codec import DTYPE_NUMBERS
 from expertmesh.transport.pending import Pending
+from expertmesh.transport.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from expertmesh.placement import HostInfo
     from expertmesh.transport import Answer, LayerRequest
+
+REQUEST = struct.Struct("<QQ6I")
+"""id, start; layer, dtype, num_rows, row_bytes, num_pairs, num_experts."""
+REPLY = struct.Struct("<QfI")
+"""id, compute_s, error code (0: none); the error's text follows."""
+MAX_REPLY_BYTES = 4096
 
 
 def listen() -> tuple[socket.socket, str] | None:
@@ -36,7 +38,7 @@ def listen() -> tuple[socket.socket, str] | None:
     if sys.platform != "linux":
         return None
     name = f"expertmesh-{secrets.token_hex(16)}"
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"\0{name}")
     listener.listen()
     listener.setblocking(False)
@@ -44,55 +46,110 @@ def listen() -> tuple[socket.socket, str] | None:
 
 
 class SocketLink:
-    """One connection. Its first message is the token. See `network.Link`."""
+    """One connection. Its first message is the token, its second the memory. See `network.Link`.
+
+    Neither side keeps what the socket does not take: a peer that leaves hundreds of messages unread is given up.
+    """
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
         connection: socket.socket,
+        memory: SharedMemory,
         host: HostInfo,
-        token: str,
         deliver: Callable[[Answer], None],
+        ending: Callable[[int], None],
     ) -> None:
+        self._socket = connection
+        self._memory = memory
+        self._ending = ending
         self._pending = Pending(host.id, deliver)
-        self._frames = FrameSocket(loop, connection, self._receive, self._pending.fail, max_bytes=MAX_MESSAGE_BYTES)
-        self._frames.send(token.encode())
+        self._places: dict[int, tuple[int, int, int]] = {}
+        """Of each request without a reply as yet, wanted or not: where it is, and where its reply begins and ends."""
 
     @staticmethod
     def connect(
-        loop: asyncio.AbstractEventLoop, host: HostInfo, token: str, deliver: Callable[[Answer], None]
+        host: HostInfo, token: str, deliver: Callable[[Answer], None], ending: Callable[[int], None]
     ) -> SocketLink | None:
-        """None when nobody listens here: the host is on another machine, or dead."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.setblocking(False)
-        try:
-            connection.connect(f"\0{host.socket}")
-        except OSError:
-            connection.close()
-            return None
-        return SocketLink(loop, connection, host, token, deliver)
+        """None when nobody listens here (the host is on another machine, or dead), or memory cannot be shared. When the
+        link breaks, or is closed, `ending` is called with its descriptor."""
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            connection.setblocking(False)
+            try:
+                connection.connect(f"\0{host.socket}")
+                memory = undo.enter_context(contextlib.closing(SharedMemory()))
+                connection.send(token.encode())
+                socket.send_fds(connection, [b"memory"], [memory.descriptor])
+            except OSError:
+                return None
+            undo.pop_all()
+        return SocketLink(connection, memory, host, deliver, ending)
+
+    def fileno(self) -> int:
+        """Of the socket: when it can be read, so should the link."""
+        return self._socket.fileno()
 
     @property
     def broken(self) -> str | None:
         return self._pending.broken
 
     def send(self, ticket: int, request: LayerRequest) -> None:
-        if self._pending.add(ticket, request):
-            message = codec.encode_request(ticket, request)
-            self._frames.send(message.SerializeToString(), request.rows.reshape(-1).data)
-
-    def _receive(self, header: bytes, rows: NDArray[np.uint8]) -> None:
-        try:
-            reply = pb.ExchangeReply.FromString(header)
-        except DecodeError:
-            self._frames.close()
-            self._pending.fail("it sent a message that is no ExchangeReply")
+        if not self._pending.add(ticket, request):
             return
-        if reply.id:
-            self._pending.reply(reply, rows)
+        rows, pair_rows, experts = request.rows, request.pair_rows, request.experts
+        (num_rows, row_bytes), num_pairs, num_experts = rows.shape, len(pair_rows), len(experts)
+        tables = struct.pack(f"<{2 * num_experts}I", *experts, *request.counts)
+        tables = pair_rows.astype(np.int32, copy=False).tobytes() + tables
+        size = (num_rows + num_pairs) * row_bytes + len(tables)
+        start = self._memory.take(size)
+        if start is None:
+            self._end(f"there is no room for {size:,} bytes more in the memory shared with it")
+            return
+        first = start + num_rows * row_bytes
+        end = first + num_pairs * row_bytes
+        self._places[ticket] = start, first, end
+        self._memory.bytes[start:first] = rows.data
+        self._memory.bytes[end : start + size] = tables
+        dtype = DTYPE_NUMBERS[request.dtype]
+        message = REQUEST.pack(ticket, start, request.layer, dtype, num_rows, row_bytes, num_pairs, num_experts)
+        try:
+            self._socket.send(message)
+        except BlockingIOError:
+            self._end("it leaves its requests unread")
+        except OSError as error:
+            self._end(str(error))
+
+    def read(self) -> None:
+        """Pass on the reply that has come, or what it means that none ever will."""
+        try:
+            message = self._socket.recv(MAX_REPLY_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(str(error))
+            return
+        if len(message) < REPLY.size:
+            self._end("it sent a message that is no reply" if message else "the connection was closed")
+            return
+        ticket, compute_s, code = REPLY.unpack_from(message)
+        if ticket == 0:  # it refuses the connection
+            self._end(message[REPLY.size :].decode(errors="replace"))
+            return
+        if (place := self._places.pop(ticket, None)) is None:
+            return
+        start, first, end = place
+        if code:
+            self._pending.refuse(ticket, code, message[REPLY.size :].decode(errors="replace"))
         else:
-            self._pending.fail(reply.error.message)  # it refuses the connection, and closes it
+            self._pending.reply(ticket, self._memory.bytes[first:end], compute_s)
+        self._memory.give_back(start)
+
+    def _end(self, cause: str) -> None:
+        if self._pending.broken is None:
+            self._ending(self._socket.fileno())
+            self._socket.close()
+            self._memory.close()
+            self._pending.fail(cause)
 
     async def close(self) -> None:
-        self._frames.close()
-        self._pending.fail("closed by us")
+        self._end("closed by us")

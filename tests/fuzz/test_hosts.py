@@ -6,7 +6,6 @@ import contextlib
 import os
 import queue
 import resource
-import socket
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,8 @@ from expertmesh.hosts.local_socket import MAX_STRANGERS
 from expertmesh.hosts.process import HostServer
 from expertmesh.transport.grpc_link import credentials
 from tests.fuzz.fuzzing import damaged, edges, fuzzed
-from tests.fuzz.messages import HELD, MIXTURE, configurations, good, recipes, requests, specs
+from tests.fuzz.messages import HELD, MIXTURE, UINT32, configurations, good, recipes, requests, specs
+from tests.local_peer import connect, local_request, open_session, read
 
 TOKEN = "token"
 DECIDED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DATA_LOSS)
@@ -33,9 +33,9 @@ class Router:
     """A good router on both ways in, which stays connected throughout."""
 
     def __init__(self, server: HostServer) -> None:
-        self._name = f"\0{server.socket}"
-        self.peer = self.connect()
-        self.peer.sendall(frame(TOKEN.encode()))
+        self.name = server.socket
+        self.peer = connect(server.socket)
+        self._memory = open_session(self.peer, TOKEN)
         self.channel = grpc.insecure_channel(server.address)
         self.stub = HostStub(self.channel)
         self._sent: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
@@ -43,23 +43,19 @@ class Router:
         self.expected = (b"", 0)
         self.expected = self.over_socket()
 
-    def connect(self) -> socket.socket:
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        peer.connect(self._name)
-        peer.settimeout(10)
-        return peer
-
     def exchange(self, message: pb.ExchangeRequest) -> pb.ExchangeReply:
         """Over the gRPC stream."""
         self._sent.put(message)
         return next(self._replies)
 
     def over_socket(self) -> tuple[bytes, int]:
-        message = good(7)
-        rows, message.rows = message.rows, b""
-        self.peer.sendall(frame(message.SerializeToString(), rows))
+        shape = lay_out(good(7), self._memory)
+        self.peer.send(local_request(7, **shape))
         reply = read(self.peer)
-        return reply.rows, reply.error.code
+        assert reply is not None
+        first = shape["num_rows"] * shape["row_bytes"]
+        rows = self._memory[first : first + shape["num_pairs"] * shape["row_bytes"]]
+        return (b"" if reply.error else rows), reply.error
 
     def check(self) -> None:
         assert self.over_socket() == self.expected
@@ -83,15 +79,20 @@ def router() -> Iterator[Router]:
     server.close()
 
 
-def frame(header: bytes, body: bytes = b"") -> bytes:
-    return struct.pack("<II", len(header), len(body)) + header + body
-
-
-def read(peer: socket.socket) -> pb.ExchangeReply:
-    header, body = struct.unpack("<II", peer.recv(8, socket.MSG_WAITALL))
-    reply = pb.ExchangeReply.FromString(peer.recv(header, socket.MSG_WAITALL))
-    reply.rows = peer.recv(body, socket.MSG_WAITALL) if body else b""
-    return reply
+def lay_out(request: pb.ExchangeRequest, memory: Any) -> dict[str, int]:
+    """Put a request at the start of shared memory: what its message says of it."""
+    tables = request.pair_rows + struct.pack(f"<{2 * len(request.experts)}I", *request.experts, *request.counts)
+    num_pairs, row_bytes = sum(request.counts), len(request.rows) // request.num_rows
+    data = request.rows + bytes(num_pairs * row_bytes) + tables
+    memory[: len(data)] = data
+    return {
+        "layer": request.layer,
+        "dtype": request.dtype,
+        "num_rows": request.num_rows,
+        "row_bytes": row_bytes,
+        "num_pairs": num_pairs,
+        "num_experts": len(request.experts),
+    }
 
 
 def status(call: Callable[..., Any], message: Any) -> grpc.StatusCode | None:
@@ -103,23 +104,37 @@ def status(call: Callable[..., Any], message: Any) -> grpc.StatusCode | None:
     return None
 
 
-SESSION = frame(TOKEN.encode()) + b"".join(frame(good(i).SerializeToString(), good(i).rows) for i in (1, 2))
-
-
 @fuzzed(150)
 @given(
-    damaged(SESSION) | st.binary(max_size=60) | st.binary(max_size=60).map(lambda noise: frame(TOKEN.encode()) + noise),
+    st.lists(st.sampled_from([TOKEN.encode(), b"memory"]) | st.binary(min_size=1, max_size=60), max_size=4),
     st.booleans(),
 )
-@example(SESSION[:5], False)
-@example(frame(TOKEN.encode()) + struct.pack("<II", 200 * 2**20, 0), False)
-@example(struct.pack("<II", 2**32 - 1, 2**32 - 1) + bytes(5000), True)
-def test_any_bytes_on_the_local_socket_disturb_nobody(router, data, hangs_up) -> None:
-    peer = router.connect()
+def test_any_messages_on_the_local_socket_disturb_nobody(router, messages, hangs_up) -> None:
+    peer = connect(router.name)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have been cut off
-        peer.sendall(data)
+        for data in messages:
+            peer.send(data)
     if hangs_up:
         peer.close()
+    router.check()
+    peer.close()
+
+
+FIELDS = ("start", "layer", "dtype", "num_rows", "row_bytes", "num_pairs", "num_experts")
+
+
+@fuzzed(200)
+@given(st.dictionaries(st.sampled_from(FIELDS), edges(UINT32)), st.binary(max_size=200), st.integers(0, 800))
+def test_any_request_in_shared_memory_is_answered_or_refused_and_disturbs_nobody(router, changes, noise, at) -> None:
+    peer = connect(router.name)
+    memory = open_session(peer, TOKEN)
+    shape = lay_out(good(5), memory)
+    memory[at : at + len(noise)] = noise
+    peer.send(local_request(5, **(shape | changes)))
+    memory[at : at + len(noise)] = bytes(len(noise))  # while it is read, perhaps
+    reply = read(peer)
+    assert reply is not None
+    assert reply.id in (0, 5)
     router.check()
     peer.close()
 
@@ -132,8 +147,9 @@ def test_many_who_connect_and_say_nothing_keep_nobody_out(router) -> None:
     silent = []
     try:
         for number in range(600):
-            silent.append(router.connect())
-            silent[-1].sendall(frame(TOKEN.encode())[: number % 12])
+            silent.append(connect(router.name))
+            if number % 2:
+                silent[-1].send(b"tok")
         router.check()
         ours = len(silent)
         assert len(os.listdir("/proc/self/fd")) - before <= ours + MAX_STRANGERS + 8

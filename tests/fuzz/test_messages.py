@@ -66,6 +66,37 @@ def test_a_damaged_request_is_consistent_or_refused(data) -> None:
 
 
 @fuzzed(300)
+@given(requests(), st.binary(max_size=8))
+def test_a_request_is_parsed_as_protobuf_does_whatever_the_order_of_its_fields(message, noise) -> None:
+    rows, data = message.rows, message.SerializeToString()
+    message.rows = b""
+    rest = message.SerializeToString()
+    tag = pb.ExchangeRequest(rows=rows).SerializeToString()
+    for either in (data, tag + rest, rest + tag, tag + data, tag + rest + noise, tag[:-1]):
+        expected = outcome(lambda either=either: pb.ExchangeRequest.FromString(either), DecodeError)
+        got = outcome(lambda either=either: codec.parse_request(either), DecodeError)
+        if isinstance(expected, DecodeError):
+            assert isinstance(got, DecodeError)
+            continue
+        header, got_rows = got
+        assert bytes(got_rows) == expected.rows
+        header.rows = expected.rows
+        assert header == expected
+
+
+@fuzzed(100)
+@given(st.integers(0, 300), st.integers(0, UINT64))
+def test_what_is_encoded_here_is_what_protobuf_reads(num_rows, ticket) -> None:
+    request = DECODER.decode(good(5), good(5).rows)
+    rows = np.arange(num_rows * HIDDEN * 4, dtype=np.uint32).astype(np.uint8).reshape(num_rows, HIDDEN * 4)
+    message = pb.ExchangeRequest.FromString(codec.encode_request(ticket, request._replace(rows=rows)))
+    assert (message.id, message.num_rows, message.rows) == (ticket, num_rows, rows.tobytes())
+    assert (message.experts, message.counts, message.pair_rows) == (good(5).experts, good(5).counts, good(5).pair_rows)
+    reply = pb.ExchangeReply.FromString(codec.encode_reply(ticket, LayerReply(rows, 0.5)))
+    assert (reply.id, reply.rows, reply.compute_s, reply.HasField("error")) == (ticket, rows.tobytes(), 0.5, False)
+
+
+@fuzzed(300)
 @given(
     st.builds(
         pb.ExchangeReply,
@@ -84,7 +115,10 @@ def test_a_reply_answers_its_request_or_fails_it_or_is_ignored(message, is_waiti
         message.id = 5
     pending.add(5, request)
     with at_most(ROOM):
-        pending.reply(message, message.rows)
+        if message.HasField("error"):
+            pending.refuse(message.id, message.error.code, message.error.message)
+        else:
+            pending.reply(message.id, message.rows, message.compute_s)
     if message.id != 5:
         assert answers == []
         return

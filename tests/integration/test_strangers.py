@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
-import struct
 import threading
 from collections.abc import Iterator
 
@@ -21,6 +20,7 @@ from expertmesh.ids import ExpertId
 from expertmesh.kernels.spec import ExpertSpec
 from expertmesh.testing.experts import SILU, Mixture
 from expertmesh.transport.grpc_link import SERVER_OPTIONS, credentials
+from tests.local_peer import connect, local_request, open_session, read
 
 MIXTURE = Mixture(ExpertSpec(hidden=16, intermediate=24, activation=SILU), 1, 2)
 LIMITS = {
@@ -90,13 +90,6 @@ def router(server: HostServer) -> Iterator[Router]:
 def connected(server: HostServer) -> socket.socket:
     host, port = server.address.split(":")
     return socket.create_connection((host, int(port)), 10)
-
-
-def local(server: HostServer) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(10)
-    connection.connect(f"\0{server.socket}")
-    return connection
 
 
 def is_hung_up(connection: socket.socket) -> bool:
@@ -195,20 +188,10 @@ def test_headers_above_the_limit_end_their_own_call_only(server: HostServer, rou
 # --- the local socket ------------------------------------------------------------------------------------------------
 
 
-def frame(header: bytes) -> bytes:
-    return struct.pack("<II", len(header), 0) + header
-
-
-@pytest.mark.parametrize(
-    "opening",
-    [b"", b"\x05\x00\x00", struct.pack("<II", 5, 0), frame(b"token")[:-1]],
-    ids=["nothing", "half the lengths", "only lengths", "a token cut off"],
-)
 def test_who_shows_no_token_on_the_local_socket_is_cut_off(
-    server: HostServer, router: Router, opening: bytes, caplog: pytest.LogCaptureFixture
+    server: HostServer, router: Router, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with local(server) as stranger:
-        stranger.sendall(opening)
+    with connect(server.socket) as stranger:
         assert is_hung_up(stranger)
     (line,) = warnings(caplog)
     assert line.endswith("of this machine: no token within 0.3 s")
@@ -218,8 +201,8 @@ def test_who_was_refused_on_the_local_socket_may_not_stay(
     server: HostServer, router: Router, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(5):
-        with local(server) as stranger:
-            stranger.sendall(frame(b"wrong"))
+        with connect(server.socket) as stranger:
+            stranger.send(b"wrong")
             assert is_hung_up(stranger)
             router.ask()
     (line,) = warnings(caplog)
@@ -227,10 +210,10 @@ def test_who_was_refused_on_the_local_socket_may_not_stay(
 
 
 def test_who_has_shown_the_token_stays(server: HostServer, router: Router) -> None:
-    with local(server) as peer, local(server) as stranger:
-        peer.sendall(frame(b"token"))
+    with connect(server.socket) as peer, connect(server.socket) as stranger:
+        open_session(peer, "token")
         assert is_hung_up(stranger)  # who came later, and has been given up
-        message = pb.ExchangeRequest(id=3, layer=9)
-        peer.sendall(frame(message.SerializeToString()))
-        header, _ = struct.unpack("<II", peer.recv(8, socket.MSG_WAITALL))
-        assert pb.ExchangeReply.FromString(peer.recv(header, socket.MSG_WAITALL)).id == 3
+        peer.send(local_request(3, layer=9))
+        reply = read(peer)
+        assert reply is not None
+        assert reply.id == 3

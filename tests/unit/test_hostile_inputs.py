@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import struct
 import sys
 from pathlib import Path
@@ -37,74 +36,11 @@ from expertmesh.testing.scripted import ScriptedBackend
 from expertmesh.testing.tokenizers import byte_level_tokenizer
 from expertmesh.trace.format import TraceDecoder
 from expertmesh.transport import codec
-from expertmesh.transport.frames import FrameSocket
 
 FILE = "model.safetensors"
 
 
 # --- between routers and hosts ---------------------------------------------------------------------------------------
-
-
-def test_a_peer_that_reads_late_gets_thousands_of_messages() -> None:
-    """The system takes 1,024 pieces at once, and refuses more."""
-
-    async def send_all() -> list[bytes]:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        loop = asyncio.get_running_loop()
-        got: list[bytes] = []
-        ended: list[str] = []
-        done = asyncio.Event()
-        sender = FrameSocket(loop, ours, lambda *_: None, ended.append, max_bytes=100)
-        for number in range(20_000):
-            sender.send(b"%d" % number, memoryview(b"row"))
-
-        def receive(header: bytes, _body: object) -> None:
-            got.append(header)
-            if len(got) == 20_000:
-                done.set()
-
-        receiver = FrameSocket(loop, theirs, receive, ended.append, max_bytes=100)
-        await asyncio.wait_for(done.wait(), 20)
-        sender.close()
-        receiver.close()
-        assert ended == []
-        return got
-
-    assert asyncio.run(send_all()) == [b"%d" % number for number in range(20_000)]
-
-
-def test_a_peer_that_asks_and_never_reads_is_not_listened_to() -> None:
-    async def flood() -> int:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        loop = asyncio.get_running_loop()
-        answered = 0
-
-        def answer(_header: bytes, _body: object) -> None:
-            nonlocal answered
-            answered += 1
-            frames.send(bytes(1000))
-
-        frames = FrameSocket(loop, ours, answer, lambda _: None, max_bytes=100, max_unsent=2**16)
-        request = struct.pack("<II", 0, 0)
-        for _ in range(2_000):
-            try:
-                theirs.send(request * 10)
-            except BlockingIOError:
-                break
-            await asyncio.sleep(0)
-        before = answered
-        for _ in range(500):
-            await asyncio.sleep(0)
-        frames.close()
-        theirs.close()
-        assert answered == before
-        return answered
-
-    assert asyncio.run(flood()) < 5_000
 
 
 SPEC = pb.ExpertSpec(hidden=4, intermediate=4, gated=True, activation="silu", dtype=pb.FLOAT32)
@@ -138,7 +74,7 @@ def test_experts_larger_than_the_host_are_refused_without_making_one() -> None:
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
 def test_a_reply_that_took_no_possible_time_is_refused(seconds) -> None:
     with pytest.raises(ProtocolError, match="seconds"):
-        codec.decode_reply(pb.ExchangeReply(id=1, compute_s=seconds), bytes(8), 1, 8)
+        codec.decode_reply(seconds, bytes(8), 1, 8)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
