@@ -1,7 +1,8 @@
 """Engines: many requests in, one event per token out, over a transformers causal language model.
 
 Read api.py for the contract, then threaded.py (the thread and its queue), batch.py (one request's life), sampling.py
-(how a token is chosen), and one of the two batches: continuous.py or simple.py.
+(how a token is chosen), and one of the two batches: continuous.py or simple.py. What runs on CPU cores is helped by
+linears.py and attention.py.
 """
 
 from __future__ import annotations

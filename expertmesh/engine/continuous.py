@@ -1,9 +1,9 @@
 """Continuous batching: requests join and leave at every step. transformers' paged cache and scheduler, our tokens.
 
-Owns the use of transformers' `ContinuousBatchProcessor`. The library's loop around it is not used: it brings a thread,
-and an error in one forward ends it. Does not know when a request ends. Invariant: the processor's token of a step is
-the one that our sampler chose for that row, so its cache and our events cannot disagree, however it splits prompts,
-shares prefixes or starts a request over for want of memory.
+Owns the use of transformers' `ContinuousBatchProcessor`, with an attention of ours on CPU cores (attention.py). The
+library's loop around it is not used: it brings a thread, and an error in one forward ends it. Does not know when a
+request ends. Invariant: the processor's token of a step is the one that our sampler chose for that row, so its cache
+and our events cannot disagree, however it splits prompts, shares prefixes or starts a request over for want of memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
+from expertmesh.engine.attention import by_request
 from expertmesh.engine.sampling import choose_tokens
 from expertmesh.errors import ConfigError
 
@@ -81,6 +82,9 @@ class ContinuousBatch:
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._chooser]))
         processors.tensors_required = 1  # the row of arguments that the list hands to every processor; ours is unused
         manager.logit_processor = processors
+        # Only now, because the manager refuses an attention that it does not know; the processor then makes no mask.
+        if self._model.device.type == "cpu" and (attention := by_request(self._attention)) is not None:
+            self._model.set_attn_implementation(attention)
         return manager._create_batch_processor()
 
     @property

@@ -1,0 +1,101 @@
+"""Attention over a paged cache on CPU cores: one product per request, with its own keys only.
+
+transformers computes plain attention of all requests of a step as one product, under a mask that hides each one's keys
+from the others: its work grows with the square of the requests. Only flash attention, which CPUs lack, keeps them
+apart. Knows nothing of pages, which the cache resolves. Invariant: a request's attention is computed as if it were
+alone, by the function that the model would use; in float32 where the processor has no instructions for less.
+
+Shapes: Q new tokens of all requests, S cached and new tokens of all requests, G heads, D of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def by_request(attention: str) -> str | None:
+    """The name under which transformers knows `attention` computed request by request; None where there is none."""
+    name = f"expertmesh_{attention}"
+    return name if name in _FUNCTIONS else None
+
+
+def _attend(
+    find: Callable[[Any], Callable[..., Any]],
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cache: Any = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [1, G, Q, D] -> [1, Q, G, D].
+
+    Without a paged cache all of it is one request, or several of one length. `attention_mask` is not read: nothing is
+    padded here.
+    """
+    if cache is None:
+        ends_q, ends_k = [0, query.shape[2]], [0, key.shape[2]]
+    else:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
+        ends_q, ends_k = options["cu_seq_lens_q"].tolist(), options["cu_seq_lens_k"].tolist()
+    attend = find(module)
+    dtype = _product_dtype(query.dtype)
+    wide = query.to(dtype)
+    parts = []
+    for (from_q, to_q), (from_k, to_k) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
+        own = wide[:, :, from_q:to_q], key[:, :, from_k:to_k].to(dtype), value[:, :, from_k:to_k].to(dtype)
+        mask = _mask(*own[:2], sliding_window, is_added=attend is not sdpa_attention_forward)
+        part, _ = attend(module, *own, mask, sliding_window=sliding_window, **options)
+        parts.append(part)
+    return torch.cat(parts, dim=1).to(query.dtype), None
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which products of `dtype` are computed fastest here; never a narrower one."""
+    has_narrow = torch.cpu._is_avx512_bf16_supported() if dtype == torch.bfloat16 else dtype.itemsize > 2
+    return dtype if has_narrow else torch.float32
+
+
+def _mask(query: torch.Tensor, key: torch.Tensor, window: int | None, *, is_added: bool) -> torch.Tensor | None:
+    """What each new token may see, [1, 1, new, cached and new]; None where it is all that came before it."""
+    num_new, num_keys = query.shape[2], key.shape[2]
+    if num_new == 1 and (window is None or num_keys <= window):
+        return None
+    if not is_added and num_new == num_keys and (window is None or num_keys <= window):
+        return None  # sdpa's own notion of causal
+    at_q = torch.arange(num_keys - num_new, num_keys)[:, None]
+    at_k = torch.arange(num_keys)
+    seen = at_k <= at_q
+    if window is not None:
+        seen &= at_k > at_q - window
+    seen = seen[None, None]
+    if not is_added:
+        return seen
+    return torch.where(seen, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+
+
+def _eager_of(module: Any) -> Callable[..., Any]:
+    """The model's own, which knows what is special about it: sinks, caps."""
+    function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return function
+
+
+_FUNCTIONS = {
+    "expertmesh_sdpa": functools.partial(_attend, lambda module: sdpa_attention_forward),
+    "expertmesh_eager": functools.partial(_attend, _eager_of),
+}
+for _name, _function in _FUNCTIONS.items():
+    AttentionInterface.register(_name, _function)

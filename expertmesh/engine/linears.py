@@ -1,0 +1,86 @@
+"""The dense model's linear layers on CPU cores, in the arithmetic that hosts use for experts.
+
+Owns what stands in for the layers' forward, and takes it away again. Does not know the model around them. Invariant: a
+row's bits depend on nothing but the row and the layer, so that what a request gets from them is the same in any
+company. torch promises that for no product, and its bfloat16 is slow where the processor has no instructions for it.
+
+Shapes: R rows, K columns, N results of a row.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from expertmesh.kernels.cpu import choose_arithmetic
+from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from expertmesh.kernels.cpu import Arithmetic, Matrix
+
+_PROBED = 2048
+"""The largest size at which an arithmetic is tried, as that takes time with the square of it."""
+_DTYPES = {getattr(torch, name): name for name in DTYPES}
+
+
+def pack_linears(model: torch.nn.Module) -> Callable[[], None]:
+    """Have the model's plain linear layers on CPU compute from packed copies of their weights. Returns the way back.
+
+    The copies are made now; later changes of the weights do not reach them. The weights stay, for what else reads them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and _is_plain(module)]
+    for layer in layers:
+        vars(layer)["forward"] = _packed_forward(layer)
+
+    def restore() -> None:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+    return restore
+
+
+def _is_plain(module: torch.nn.Linear) -> bool:
+    """Whether it is a product with a matrix and nothing else: no subclass's, and not what a library has wrapped."""
+    return (
+        type(module) is torch.nn.Linear
+        and "forward" not in vars(module)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in _DTYPES
+    )
+
+
+def _packed_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    arithmetic = _arithmetic(layer.in_features, layer.out_features, _DTYPES[layer.weight.dtype])
+    weight, bias = (
+        None if tensor is None else tensor.detach().to(arithmetic.dtype) for tensor in (layer.weight, layer.bias)
+    )
+    assert weight is not None
+    return functools.partial(_linear, arithmetic, arithmetic.pack(weight, bias), layer.out_features)
+
+
+def _arithmetic(num_columns: int, num_results: int, dtype: str) -> Arithmetic:
+    """The one that hosts would use here for experts of this shape."""
+    spec = ExpertSpec(
+        hidden=min(num_columns, _PROBED),
+        intermediate=min(num_results, _PROBED),
+        gated=False,
+        activation=Activation(name="relu"),
+        dtype=dtype,
+    )
+    return choose_arithmetic(spec, torch.get_num_threads())[0]
+
+
+def _linear(arithmetic: Arithmetic, matrix: Matrix, num_results: int, x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] -> y [..., N] in x's dtype."""
+    x_RK = x.reshape(-1, x.shape[-1]).to(arithmetic.dtype)
+    num_rows = len(x_RK)
+    if missing := -num_rows % arithmetic.row_multiple:
+        x_RK = F.pad(x_RK, (0, 0, 0, missing))
+    sizes = [len(part) for part in torch.split(x_RK, arithmetic.max_rows)]
+    y_RN = arithmetic.product(x_RK, sizes, [matrix] * len(sizes))
+    return y_RN[:num_rows, :num_results].to(x.dtype).contiguous().view(*x.shape[:-1], num_results)
