@@ -10,7 +10,22 @@ import sys
 
 import typer
 
-from expertmesh.cli import bench, certs, chaos, decisions, demo, key, placement, plan, scale, serve, status, top, trace
+from expertmesh.cli import (
+    bench,
+    certs,
+    chaos,
+    decisions,
+    demo,
+    inspect,
+    key,
+    placement,
+    plan,
+    scale,
+    serve,
+    status,
+    top,
+    trace,
+)
 from expertmesh.cli.console import stderr
 from expertmesh.errors import ExpertMeshError
 
@@ -33,6 +48,7 @@ app.command()(plan.plan)
 app.command()(certs.certs)
 app.command()(key.key)
 app.command()(demo.demo)
+app.command()(inspect.inspect)
 app.add_typer(bench.app, name="bench")
 app.add_typer(chaos.app, name="chaos")
 app.add_typer(trace.app, name="trace")
