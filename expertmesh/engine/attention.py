@@ -16,16 +16,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_PREFIX = "expertmesh_"
+
 
 def by_request(attention: str) -> str | None:
     """The name under which transformers knows `attention` computed request by request; None where there is none."""
-    name = f"expertmesh_{attention}"
+    name = f"{_PREFIX}{attention}"
     return name if name in _FUNCTIONS else None
 
 
@@ -43,22 +45,23 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, G, Q, D] -> [1, Q, G, D].
 
-    Without a paged cache all of it is one request, or several of one length. `attention_mask` is not read: nothing is
-    padded here.
+    Without a paged cache, in a forward that is not the engine's, it is the model's own attention.
     """
-    if cache is None:
-        ends_q, ends_k = [0, query.shape[2]], [0, key.shape[2]]
-    else:
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
-        ends_q, ends_k = options["cu_seq_lens_q"].tolist(), options["cu_seq_lens_k"].tolist()
     attend = find(module)
+    if cache is None:
+        output, _ = attend(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
+        return output, None
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
+    ends_q, ends_k = options["cu_seq_lens_q"].tolist(), options["cu_seq_lens_k"].tolist()
+    # Not every model passes its window: some only have it in the mask, which takes no account of the cache.
+    window = getattr(cache.layer_to_allocator[module.layer_idx], "sliding_window", None)
     dtype = _product_dtype(query.dtype)
     wide = query.to(dtype)
     parts = []
     for (from_q, to_q), (from_k, to_k) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
         own = wide[:, :, from_q:to_q], key[:, :, from_k:to_k].to(dtype), value[:, :, from_k:to_k].to(dtype)
-        mask = _mask(*own[:2], sliding_window, is_added=attend is not sdpa_attention_forward)
-        part, _ = attend(module, *own, mask, sliding_window=sliding_window, **options)
+        mask = _mask(*own[:2], window, is_added=attend is not sdpa_attention_forward)
+        part, _ = attend(module, *own, mask, sliding_window=window, **options)
         parts.append(part)
     return torch.cat(parts, dim=1).to(query.dtype), None
 
@@ -94,8 +97,9 @@ def _eager_of(module: Any) -> Callable[..., Any]:
 
 
 _FUNCTIONS = {
-    "expertmesh_sdpa": functools.partial(_attend, lambda module: sdpa_attention_forward),
-    "expertmesh_eager": functools.partial(_attend, _eager_of),
+    f"{_PREFIX}sdpa": functools.partial(_attend, lambda module: sdpa_attention_forward),
+    f"{_PREFIX}eager": functools.partial(_attend, _eager_of),
 }
 for _name, _function in _FUNCTIONS.items():
     AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, AttentionMaskInterface()[_name.removeprefix(_PREFIX)])

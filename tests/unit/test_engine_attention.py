@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,21 @@ LENGTHS = [(1, 9), (1, 30), (6, 6), (3, 11), (1, 1), (12, 12)]
 class Gathered:
     """A paged cache that has gathered its keys and values already."""
 
+    def __init__(self, lengths: list[tuple[int, int]], window: int | None) -> None:
+        self._num_keys = [num_keys for _, num_keys in lengths]
+        self.layer_to_allocator = {0: SimpleNamespace(sliding_window=window) if window else SimpleNamespace()}
+
     def update(self, key_states: Any, value_states: Any, layer_idx: int, kwargs: dict[str, Any]) -> Any:
-        kwargs["cu_seq_lens_k"] = torch.tensor([0, *accumulate(num_keys for _, num_keys in LENGTHS)])
+        kwargs["cu_seq_lens_k"] = torch.tensor([0, *accumulate(self._num_keys)])
         return key_states, value_states
+
+
+def attend(kind: str, own: Any, lengths: list[tuple[int, int]], window: int | None = None) -> torch.Tensor:
+    ends = torch.tensor([0, *accumulate(num_new for num_new, _ in lengths)])
+    cache = Gathered(lengths, window)
+    function = AttentionInterface()[by_request(kind)]
+    output, _ = function(module(kind), *own, None, scaling=SIZE**-0.5, cache=cache, cu_seq_lens_q=ends, is_causal=True)
+    return output
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,25 +73,12 @@ def written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, win
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_each_request_sees_its_own_keys_up_to_each_token_and_no_others(kind, window):
     query, key, value = tensors()
-    function = AttentionInterface()[by_request(kind)]
-    ends = torch.tensor([0, *accumulate(num_new for num_new, _ in LENGTHS)])
-    found, _ = function(
-        module(kind),
-        query,
-        key,
-        value,
-        None,
-        scaling=SIZE**-0.5,
-        sliding_window=window,
-        cache=Gathered(),
-        cu_seq_lens_q=ends,
-        is_causal=True,
-    )
-    ends_k = [0, *accumulate(num_keys for _, num_keys in LENGTHS)]
-    for (from_q, to_q), (from_k, to_k) in zip(pairwise(ends.tolist()), pairwise(ends_k), strict=True):
+    found = attend(kind, (query, key, value), LENGTHS, window)
+    ends_q, ends_k = ([0, *accumulate(column)] for column in zip(*LENGTHS, strict=True))
+    for (from_q, to_q), (from_k, to_k), lengths in zip(pairwise(ends_q), pairwise(ends_k), LENGTHS, strict=True):
         own = query[:, :, from_q:to_q], key[:, :, from_k:to_k], value[:, :, from_k:to_k]
         torch.testing.assert_close(found[:, from_q:to_q].double(), written_out(*own, window), rtol=1e-5, atol=1e-6)
-        alone, _ = function(module(kind), *own, None, scaling=SIZE**-0.5, sliding_window=window, is_causal=True)
+        alone = attend(kind, own, [lengths], window)
         assert torch.equal(found[:, from_q:to_q], alone), "the same bits as without company"
 
 
@@ -86,8 +86,7 @@ def test_each_request_sees_its_own_keys_up_to_each_token_and_no_others(kind, win
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_narrow_numbers_are_rounded_no_more_than_the_library_rounds_them(kind, dtype):
     query, key, value = (tensor[:, :, :12].to(dtype) for tensor in tensors())
-    function = AttentionInterface()[by_request(kind)]
-    found, _ = function(module(kind), query, key, value, None, scaling=SIZE**-0.5, is_causal=True)
+    found = attend(kind, (query, key, value), [(12, 12)])
     assert found.dtype == dtype
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(found.double(), written_out(query, key, value, None), rtol=tolerance, atol=tolerance)
