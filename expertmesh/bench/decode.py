@@ -64,7 +64,10 @@ def run(
         "rounds": rounds,
         "streams": [_compared(num_streams, paces[num_streams]) for num_streams in streams],
         "left_out": {} if why_not is None else {LLAMA: why_not},
-        "environment": environment(f"expertmesh bench decode --shape {shape} --json"),
+        "environment": environment(
+            f"expertmesh bench decode --shape {shape} {' '.join(f'--streams {n}' for n in streams)} "
+            f"--rounds {rounds} --tokens {tokens} --json"
+        ),
     }
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Qwen3MoeForCausalLM
 
-    from expertmesh.train.balance import Balance
+    from expertmesh.train.balance import SteeredGates
     from expertmesh.train.budget import Budget
 
 
@@ -68,14 +68,16 @@ class Step:
 
 
 def train(
-    model: Qwen3MoeForCausalLM, batches_BT: Iterable[Tensor], schedule: Schedule, balance: Balance, budget: Budget
+    model: Qwen3MoeForCausalLM, batches_BT: Iterable[Tensor], schedule: Schedule, gates: SteeredGates, budget: Budget
 ) -> Iterator[Step]:
-    """Train `model` in place, one step for each value taken, until the budget of tokens is spent."""
+    """Train `model` in place, one step for each value taken, until the budget of tokens is spent.
+
+    `gates` are the model's own, steered by the balance of the run.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    model.train()
     seen = 0
     for number, batch_BT in enumerate(batches_BT, start=1):
         tokens = budget.tokens(seen)
@@ -84,13 +86,15 @@ def train(
         seen += batch_BT.numel()
         for group in optimiser.param_groups:
             group["lr"] = schedule.rate(seen, tokens)
-        outputs = model(input_ids=batch_BT, output_router_logits=True, use_cache=False)
+        model.train()  # again for each step: between two of them the caller may have evaluated it
+        outputs = model(input_ids=batch_BT, use_cache=False)
         loss = next_token_loss(outputs.logits, batch_BT)
-        penalty = balance.penalty(outputs.router_logits)
+        penalty = gates.penalty()
         optimiser.zero_grad()
         torch.autograd.backward(loss + penalty)
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
         optimiser.step()
+        gates.move_bias()
         yield Step(number=number, tokens=seen, budget=tokens, loss=loss.item(), penalty=penalty.item())
 
 

@@ -1,4 +1,4 @@
-"""The shape of the tiny model.
+"""The shape of the tiny model, and of the smaller one that experiments train.
 
 Owns the numbers that make the architecture. Does not know the data or the training. Invariant: it is a plain
 transformers model, so anything that serves its architecture serves it.
@@ -18,15 +18,33 @@ END_OF_TEXT_ID = 0
 
 def tiny_config(*, vocab_size: int = VOCAB_SIZE) -> Qwen3MoeConfig:
     """Four MoE layers of 16 experts, 2 for each token: 5.3M parameters, of which about 1.7M work on a token."""
-    return Qwen3MoeConfig(
+    return _config(
         vocab_size=vocab_size,
         hidden_size=224,
         intermediate_size=192,
         moe_intermediate_size=96,
         num_hidden_layers=4,
+        head_dim=48,
+    )
+
+
+def trial_config(*, vocab_size: int = VOCAB_SIZE) -> Qwen3MoeConfig:
+    """Half of its layers, of about half its width, with the same gates: to train several times for a comparison."""
+    return _config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        head_dim=32,
+    )
+
+
+def _config(**sizes: int) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        **sizes,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=48,
         num_experts=16,
         num_experts_per_tok=2,
         norm_topk_prob=True,

@@ -3,7 +3,7 @@
 Owns the figures. Does not know how the model was trained or where the figures are written. Invariant: every figure is
 of the model that is given, so the same checkpoint gives the same figures again.
 
-Shapes: D domains, L MoE layers, E experts, N tokens of a stream, B windows, T tokens of a window, K experts of a token.
+Shapes: D domains, L MoE layers, E experts, N tokens of a stream, B windows, T tokens of a window.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from expertmesh.models import PROMPTS
+from expertmesh.train.balance import BALANCES, steer
 from expertmesh.train.data import encode
 from expertmesh.train.loop import next_token_loss
 from expertmesh.train.model import END_OF_TEXT_ID, WINDOW
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
+    from expertmesh.train.balance import SteeredGates
     from expertmesh.train.data import Split
     from expertmesh.train.sources import Corpus
 
@@ -42,31 +44,37 @@ class Evaluation:
     load_LE: Tensor
 
 
-@torch.no_grad()
 def evaluate(model: Qwen3MoeForCausalLM, ids_N: Tensor, *, window: int) -> Evaluation:
-    """Run the model over a stream in windows that do not overlap; a rest shorter than a window is left out.
+    """Run the plain model over a stream in windows that do not overlap; a rest shorter than a window is left out.
 
     Raises ValueError when the stream is shorter than one window.
     """
     ids_BT = ids_N[: len(ids_N) // window * window].view(-1, window)
     if len(ids_BT) == 0:
         raise ValueError(f"{len(ids_N)} tokens are less than one window of {window}")
-    model.eval()
+    with steer(model, BALANCES["none"]) as gates:
+        return evaluate_batches(model, gates, torch.split(ids_BT, 8))
+
+
+@torch.no_grad()
+def evaluate_batches(
+    model: Qwen3MoeForCausalLM, gates: SteeredGates, batches_BT: Sequence[Tensor], *, as_trained: bool = False
+) -> Evaluation:
+    """Run the model over batches of equal windows with its gates as they are steered.
+
+    They choose as they can be served, or `as_trained`; see `SteeredGates`.
+    """
+    model.train(as_trained)
     losses, loads = [], []
-    for part_BT in torch.split(ids_BT, 8):
-        outputs = model(input_ids=part_BT, output_router_logits=True, use_cache=False)
-        losses.append(next_token_loss(outputs.logits, part_BT) * len(part_BT))
-        loads.append(torch.stack([_load(logits_NE, model.config) for logits_NE in outputs.router_logits]))
+    for batch_BT in batches_BT:
+        outputs = model(input_ids=batch_BT, use_cache=False)
+        losses.append(next_token_loss(outputs.logits, batch_BT) * len(batch_BT))
+        loads.append(gates.tokens_LE())
     return Evaluation(
-        loss=float(torch.stack(losses).sum() / len(ids_BT)),
-        tokens=ids_BT.numel(),
+        loss=float(torch.stack(losses).sum() / sum(len(batch_BT) for batch_BT in batches_BT)),
+        tokens=sum(batch_BT.numel() for batch_BT in batches_BT),
         load_LE=torch.stack(loads).sum(dim=0),
     )
-
-
-def _load(logits_NE: Tensor, config: Any) -> Tensor:
-    chosen_NK = logits_NE.topk(config.num_experts_per_tok, dim=-1).indices
-    return torch.bincount(chosen_NK.flatten(), minlength=config.num_experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +170,8 @@ def account(
             "sample_loss": round(evaluate(model, shipped_N, window=WINDOW).loss, 4),
         }
     return {
-        "command": "python -m expertmesh.train " + " ".join(f"--{name} {options[name]}" for name in ("tokens", "seed")),
+        "command": "python -m expertmesh.train "
+        + " ".join(f"--{name} {options[name]}" for name in ("tokens", "seed", "balance")),
         "options": dict(options),
         "versions": {
             "python": platform.python_version(),

@@ -20,6 +20,9 @@ from pathlib import Path
 
 from expertmesh.errors import ConfigError
 
+CACHE = Path.home() / ".cache/expertmesh/train"
+"""Where downloads are kept unless the person says otherwise."""
+
 PAGE_CHARS = 2000
 """Dictionary entries are short, so a document of that domain is a page of neighbouring entries of about this length."""
 

@@ -13,12 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from expertmesh.errors import ConfigError
 from expertmesh.models import DOMAINS, PROMPTS, heldout, tiny_path
 from expertmesh.train import data, loop, report, sources
-from expertmesh.train.balance import AuxiliaryLoss
+from expertmesh.train.balance import Balance, steer
 from expertmesh.train.budget import TimeBudget, TokenBudget
 from expertmesh.train.model import END_OF_TEXT_ID, WINDOW, new_model, tiny_config
 from expertmesh.train.sources import Corpus, Document
@@ -149,7 +148,7 @@ def test_a_stream_ends_each_text_with_the_end_token():
     assert ids[-1] == END_OF_TEXT_ID
 
 
-# --- loop and balance ------------------------------------------------------------------------------------------------
+# --- loop ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_rate_warms_up_stays_and_decays_to_nothing():
@@ -195,30 +194,16 @@ def test_twenty_steps_lower_the_loss_and_can_be_repeated():
         stream = torch.tensor([(position * position) % 17 for position in range(2000)])
         batches = data.mixed_batches([stream], windows=4, length=48, seed=0)
         model = new_model(tiny_config(vocab_size=32), seed=0)
-        balance = AuxiliaryLoss(coefficient=0.01, top_k=2)
         schedule = loop.Schedule(warmup_tokens=400)
-        steps = loop.train(model, batches, schedule, balance, TokenBudget(20 * 4 * 48))
-        return [step.loss for step in steps]
+        with steer(model, Balance(aux=0.01)) as gates:
+            steps = loop.train(model, batches, schedule, gates, TokenBudget(20 * 4 * 48))
+            return [step.loss for step in steps]
 
     first = losses()
     assert len(first) == 20
     assert first[0] == pytest.approx(math.log(32), abs=0.3)
     assert first[-1] < 0.6 * first[0]
     assert losses() == first
-
-
-def test_the_penalty_is_least_for_even_load_and_most_for_one_busy_expert():
-    balance = AuxiliaryLoss(coefficient=0.5, top_k=1)
-    even = 50.0 * torch.eye(8)
-    collapsed = 50.0 * torch.eye(8)[torch.zeros(8, dtype=torch.int64)]
-    assert balance.penalty([even]).item() == pytest.approx(0.5)
-    assert balance.penalty([collapsed]).item() == pytest.approx(0.5 * 8)
-
-
-def test_the_penalty_sees_a_collapse_that_a_sum_over_layers_hides():
-    layers = tuple(50.0 * torch.eye(4)[torch.full((6,), expert)] for expert in range(4))
-    assert load_balancing_loss_func(layers, 4, 1).item() == pytest.approx(1.0)
-    assert AuxiliaryLoss(coefficient=1.0, top_k=1).penalty(layers).item() == pytest.approx(4.0)
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
