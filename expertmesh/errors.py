@@ -6,9 +6,12 @@ is one line. Programmer errors are `assert`s and are not here.
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from expertmesh.ids import ExpertId, HostId
 
 
@@ -39,6 +42,15 @@ def _restore(kind: type[ExpertMeshError], args: tuple[Any, ...], fields: dict[st
 
 class ConfigError(ExpertMeshError):
     """The user's: a config, an argument or an environment cannot work as given. Fix it and start again."""
+
+
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for a name that is none of the known ones: it tells the nearest of them, and all."""
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
+        given = one_line(str(name), 60)
+        raise ConfigError(f"{what} {given!r} is unknown: did you mean {near}? There are {', '.join(names)}")
 
 
 class CheckpointError(ExpertMeshError):

@@ -85,14 +85,11 @@ async def _fill(processes: Sequence[HostProcess], token: str, folder: Path) -> P
     from expertmesh.checkpoint.index import index_checkpoint
     from expertmesh.hosts.configuration import configuration_for
     from expertmesh.ids import ExpertId, HostId
-    from expertmesh.placement import HostInfo, Placement
+    from expertmesh.placement import Placement
     from expertmesh.transport.grpc_control import GrpcHostControl
 
     index = index_checkpoint(folder)
-    hosts = tuple(
-        HostInfo(id=HostId(f"host-{i}"), address=process.address, socket=process.socket)
-        for i, process in enumerate(processes)
-    )
+    hosts = tuple(process.info(HostId(f"host-{i}")) for i, process in enumerate(processes))
     replicas = {
         ExpertId(layer, e): (hosts[e % len(hosts)].id,)
         for layer, num_experts in enumerate(index.num_experts)

@@ -26,7 +26,7 @@ from expertmesh.bench.raw_socket import RawSockets
 from expertmesh.hosts.process import HostProcess
 from expertmesh.ids import ExpertId, HostId
 from expertmesh.moe.exchange import Exchange
-from expertmesh.placement import HostInfo, Placement
+from expertmesh.placement import Placement
 from expertmesh.transport.network import NetworkTransport
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def _echoed(
         processes = [
             stack.enter_context(HostProcess(token, module="expertmesh.bench.echo_host")) for _ in range(num_hosts)
         ]
-        hosts = tuple(
-            HostInfo(id=HostId(f"echo-{i}"), address=process.address, socket=process.socket)
-            for i, process in enumerate(processes)
-        )
+        hosts = tuple(process.info(HostId(f"echo-{i}")) for i, process in enumerate(processes))
         placement = Placement(
             epoch=1,
             hosts=hosts,

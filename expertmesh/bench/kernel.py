@@ -75,7 +75,7 @@ def run(*, rounds: int = 15, shapes: Sequence[Shape] = SHAPES, tokens: Sequence[
         "dtype": "bfloat16",
         "rounds": rounds,
         "shapes": [_measure_shape(shape, tokens, rounds) for shape in shapes],
-        "environment": environment("expertmesh bench kernel --device cpu --json"),
+        "environment": environment(f"expertmesh bench kernel --rounds {rounds} --json"),
     }
 
 

@@ -100,12 +100,12 @@ def recovered(history: History) -> Verdict | None:
     if (most_s := history.script.must.recovery) is None:
         return None
     recoveries = history.recoveries_s()
-    known = [took_s for took_s in recoveries if took_s is not None]
     if not recoveries:
         return Verdict(name="recovery", holds=None, says="no host died")
+    known, never = _known(recoveries)
     says = f"full coverage after p50 {quantile(known, 0.5):.1f} s, at most {max(known, default=0.0):.1f} s"
-    says += f"; never after {len(recoveries) - len(known)} deaths" if len(known) < len(recoveries) else ""
-    return Verdict(name="recovery", holds=len(known) == len(recoveries) and max(known) <= most_s, says=says)
+    says += f"; never after {never} deaths" if never else ""
+    return Verdict(name="recovery", holds=not never and max(known) <= most_s, says=says)
 
 
 def recovered_at_once(history: History) -> Verdict | None:
@@ -113,15 +113,19 @@ def recovered_at_once(history: History) -> Verdict | None:
     if (most_s := history.script.must.recovery_above_start) is None:
         return None
     recoveries, starts_s = history.last_recoveries_s(), history.starts_s
-    known = [took_s for took_s in recoveries if took_s is not None]
     if not recoveries or not starts_s:
         return Verdict(name="at once", holds=None, says="no host died, or none came")
+    known, never = _known(recoveries)
     says = f"full coverage at most {max(known, default=0.0):.1f} s after the last death of each series; "
     says += f"to start a host and load it took p50 {quantile(starts_s, 0.5):.1f} s, at most {max(starts_s):.1f} s"
-    says += f"; never after {len(recoveries) - len(known)} series" if len(known) < len(recoveries) else ""
-    return Verdict(
-        name="at once", holds=len(known) == len(recoveries) and max(known) <= max(starts_s) + most_s, says=says
-    )
+    says += f"; never after {never} series" if never else ""
+    return Verdict(name="at once", holds=not never and max(known) <= max(starts_s) + most_s, says=says)
+
+
+def _known(recoveries: Sequence[float | None]) -> tuple[list[float], int]:
+    """The recoveries that came to their end, and how many never did."""
+    known = [took_s for took_s in recoveries if took_s is not None]
+    return known, len(recoveries) - len(known)
 
 
 def fast(history: History) -> Verdict | None:

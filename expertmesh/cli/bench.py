@@ -25,6 +25,8 @@ class Shape(enum.StrEnum):
 
 
 Picture = Annotated[Path | None, typer.Option(help="Draw it too, to this file (.svg, .png, .pdf).")]
+MEASURING = "measuring: the sides take turns"
+
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with the machine and the versions.")]
 
 
@@ -306,20 +308,22 @@ def kernel_bench(
     """
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is neither cpu nor cuda")
-    with stderr.status("measuring: the sides take turns"):
-        if device == "cuda":
-            from expertmesh.bench import kernel_gpu
-
-            report = kernel_gpu.run(rounds=rounds)
-        else:
-            from expertmesh.bench import kernel
-
-            report = kernel.run(rounds=rounds)
-    if picture is not None:
-        if device == "cuda":
+    if device == "cuda":
+        if picture is not None:
             raise ConfigError("picture: only the figures of cpu are drawn")
+        from expertmesh.bench import kernel_gpu
+
+        with stderr.status(MEASURING):
+            report = kernel_gpu.run(rounds=rounds)
+        _print_json(report)
+        return
+    from expertmesh.bench import kernel
+
+    with stderr.status(MEASURING):
+        report = kernel.run(rounds=rounds)
+    if picture is not None:
         kernel.draw(report, picture)
-    if as_json or device == "cuda":
+    if as_json:
         _print_json(report)
         return
     for of_shape in report["shapes"]:

@@ -35,7 +35,7 @@ def steps_shown() -> Iterator[Callable[[Step], None]]:
     def show(step: Step) -> None:
         nonlocal last_phase
         if step.phase != last_phase and not stderr.is_terminal:
-            stderr.print(step.phase, style="dim")
+            stderr.print(step.phase, style="dim", markup=False, highlight=False, soft_wrap=True)
         last_phase = step.phase
         bars.update(task, description=step.phase, total=step.total or None, completed=step.done)
 

@@ -68,7 +68,7 @@ def inspect(
         findings = _read(name, reader, domains, numbers, max_tokens, show)
     if html is not None:
         write_page(findings, html)
-        stderr.print(f"wrote {html}", style="dim", markup=False, highlight=False)
+        stderr.print(f"wrote {html}", style="dim", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(findings.to_json()))
     else:

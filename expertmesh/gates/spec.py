@@ -7,11 +7,10 @@ exists can be used; what cannot work raises ConfigError where it is made, in one
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 
-from expertmesh.errors import ConfigError, one_line
+from expertmesh.errors import ConfigError, check_known
 from expertmesh.gates.strategies import STRATEGIES, Strategy
 
 GROUP_SCORES = ("max", "top2")
@@ -79,9 +78,9 @@ class GateSpec:
     """Whether the second expert is taken at random, the likelier the more it weighs."""
 
     def __post_init__(self) -> None:
-        _known("strategy", self.strategy, tuple(STRATEGIES))
-        _known("group_score", self.group_score, GROUP_SCORES)
-        _known("overflow", self.overflow, OVERFLOWS)
+        check_known("gate.strategy", self.strategy, STRATEGIES)
+        check_known("gate.group_score", self.group_score, GROUP_SCORES)
+        check_known("gate.overflow", self.overflow, OVERFLOWS)
         _at_least_one("num_experts", self.num_experts)
         self._check_fields(STRATEGIES[self.strategy])
         self._check_k()
@@ -155,14 +154,6 @@ class GateSpec:
             )
         if self.group_score == "top2" and size < 2:
             raise ConfigError("gate.group_score is top2, but a group has one expert: use max, or fewer num_groups")
-
-
-def _known(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"gate.{field} {one_line(str(value), 60)!r} is unknown: did you mean {near}? There are {', '.join(known)}"
-        )
 
 
 def _at_least_one(field: str, value: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from expertmesh.credentials import TOKEN_VARIABLE
 from expertmesh.hosts.service import RunningServer
+from expertmesh.placement import HostInfo
 from expertmesh.transport.loop import LoopThread
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from expertmesh.hosts.faults import Faults
     from expertmesh.hosts.host import Host
+    from expertmesh.ids import HostId
     from expertmesh.tls import TlsFiles
 
 
@@ -96,6 +98,10 @@ class HostProcess:
         self.address: str = ready["address"]
         self.socket: str = ready["socket"]
         self.pid = self._process.pid
+
+    def info(self, host: HostId) -> HostInfo:
+        """As a placement has it, under the id `host`."""
+        return HostInfo(id=host, address=self.address, socket=self.socket)
 
     def kill(self) -> None:
         """SIGKILL it, as a crash would."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from expertmesh.control.cluster import RunningHost
 from expertmesh.hosts.process import HostProcess
-from expertmesh.placement import HostInfo
 from expertmesh.testing.slow_host import ROW_US_VARIABLE
 
 if TYPE_CHECKING:
@@ -89,8 +88,7 @@ class ProcessCluster:
         return pool not in self._row_us and pool not in self._folders
 
     def _lend(self, host: HostId, pool: str, process: HostProcess) -> RunningHost:
-        info = HostInfo(id=host, address=process.address, socket=process.socket)
-        running = RunningHost(info=info, pool=pool, node="here", process_id=process.pid)
+        running = RunningHost(info=process.info(host), pool=pool, node="here", process_id=process.pid)
         self._coming.pop(host, None)
         if host in self._unwanted:
             self._idle.append(process)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expertmesh.errors import ConfigError, one_line
+from expertmesh.errors import check_known
 from expertmesh.gates.balancing import switch_loss, update_bias, z_loss
 from expertmesh.gates.choices import NO_EXPERT, Choices, count_tokens
 from expertmesh.gates.route import GateInput, route
@@ -58,11 +57,7 @@ BALANCES = {
 
 def balance_named(name: str) -> Balance:
     """Look it up. Raises ConfigError for a name that is not there."""
-    if name not in BALANCES:
-        near = difflib.get_close_matches(name, BALANCES, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"balance {one_line(name, 60)!r} is unknown: did you mean {near}? There are {', '.join(BALANCES)}"
-        )
+    check_known("balance", name, BALANCES)
     return BALANCES[name]
 
 

@@ -125,10 +125,7 @@ def mesh() -> Iterator[str]:
     """The tiny model's experts on two host processes, layers 0 and 1 on the first: its URL."""
     index, token = index_checkpoint(tiny_path()), secrets.token_urlsafe()
     with HostProcess(token) as first, HostProcess(token) as second:
-        hosts = tuple(
-            HostInfo(id=HostId(name), address=process.address, socket=process.socket)
-            for name, process in (("first", first), ("second", second))
-        )
+        hosts = first.info(HostId("first")), second.info(HostId("second"))
         replicas = {
             ExpertId(layer, e): (hosts[layer // 2].id,) for layer, count in enumerate(NUM_EXPERTS) for e in range(count)
         }
