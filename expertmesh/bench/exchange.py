@@ -40,7 +40,7 @@ EXCHANGE, OVER_GRPC = "exchange", "exchange over gRPC"
 RAW, BARE, RAY = "raw local sockets", "bare gRPC stream", "Ray actor calls"
 
 
-def run(*, rounds: int = 40, calls: int = 25) -> dict[str, Any]:
+def run(*, rounds: int = 40, calls: int = 25, most_hosts: int = MOST_HOSTS) -> dict[str, Any]:
     """Measure all sides: a JSON-able report with times in milliseconds."""
     seconds = alternate(
         {
@@ -64,22 +64,22 @@ def run(*, rounds: int = 40, calls: int = 25) -> dict[str, Any]:
         "exchange_over_grpc_over_bare": ratios(seconds[OVER_GRPC], seconds[BARE]).to_json(3),
         "ray_over_exchange_over_grpc": ratios(seconds[RAY], seconds[OVER_GRPC]).to_json(3),
         "ray_over_exchange": ratios(seconds[RAY], seconds[EXCHANGE]).to_json(3),
-        "by_hosts": _by_hosts(rounds, calls, local_sockets=True),
-        "by_hosts_over_grpc": _by_hosts(rounds, calls, local_sockets=False),
-        "environment": environment("expertmesh bench exchange --json"),
+        "by_hosts": _by_hosts(rounds, calls, most_hosts, local_sockets=True),
+        "by_hosts_over_grpc": _by_hosts(rounds, calls, most_hosts, local_sockets=False),
+        "environment": environment(f"expertmesh bench exchange --rounds {rounds} --most-hosts {most_hosts} --json"),
     }
 
 
-def _by_hosts(rounds: int, calls: int, *, local_sockets: bool) -> dict[str, Any]:
+def _by_hosts(rounds: int, calls: int, most_hosts: int, *, local_sockets: bool) -> dict[str, Any]:
     """Every token wants every expert, and ever more hosts share them: what each after the first adds, as a share of the
     time with one."""
     sides = {
-        str(n): functools.partial(_echoed, n, MOST_HOSTS, local_sockets=local_sockets) for n in range(1, MOST_HOSTS + 1)
+        str(n): functools.partial(_echoed, n, MOST_HOSTS, local_sockets=local_sockets) for n in range(1, most_hosts + 1)
     }
     seconds = alternate(sides, rounds=rounds, calls=calls)
     added = [
         [(many - one) / (n - 1) / one for many, one in zip(seconds[str(n)], seconds["1"], strict=True)]
-        for n in range(2, MOST_HOSTS + 1)
+        for n in range(2, most_hosts + 1)
     ]
     return {
         "milliseconds": _milliseconds(seconds),

@@ -34,6 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with the machine 
 def exchange(
     as_json: AsJson = False,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which the sides take turns.")] = 40,
+    most_hosts: Annotated[int, typer.Option(min=2, max=4, help="The experts are spread over 1 to so many hosts.")] = 4,
 ) -> None:
     """What one exchange with 2 hosts costs, beside raw sockets, a bare gRPC stream and Ray actor calls.
 
@@ -43,8 +44,8 @@ def exchange(
     """
     from expertmesh.bench.exchange import run
 
-    with stderr.status("measuring: five sides take turns, then 1 to 4 hosts"):
-        report = run(rounds=rounds)
+    with stderr.status(f"measuring: five sides take turns, then 1 to {most_hosts} hosts"):
+        report = run(rounds=rounds, most_hosts=most_hosts)
     if as_json:
         _print_json(report)
         return
@@ -63,9 +64,9 @@ def exchange(
         of = report[key]
         stdout.print(text.format(f"{of['median']:.2f}") + f" ({of['p10']:.2f} to {of['p90']:.2f}).")
     for text, key in (("", "by_hosts"), (" over gRPC", "by_hosts_over_grpc")):
-        added = report[key]["each_further_host"]["4"]
+        added = report[key]["each_further_host"][str(most_hosts)]
         stdout.print(
-            f"Each host after the first, of 4, adds {added['median']:.0%}{text} "
+            f"Each host after the first, of {most_hosts}, adds {added['median']:.0%}{text} "
             f"({added['p10']:.0%} to {added['p90']:.0%})."
         )
 
