@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help demo test check lint bench protos train clean
+.PHONY: help demo test test-long check lint bench protos train clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,9 +23,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## serve the tiny model, change the topic, add a host, kill one: no answer changes
 	$(BIN)/expertmesh demo
 
-test: check $(INSTALLED)  ## everything that CI runs
+test: check $(INSTALLED)  ## the linters and the tests; CI runs test-long too
 	$(BIN)/pytest -m "not ray" --numprocesses 2
-	$(BIN)/pytest -m ray
+	$(BIN)/pytest -m "ray and not long"
+
+test-long: $(INSTALLED)  ## several machines, outages, faults under load, benches (some need root, sshd, rsync, redis)
+	$(BIN)/pytest -m long
 
 check: $(INSTALLED)  ## formatting, lint, types, import rules, spelling
 	$(BIN)/ruff format --check .

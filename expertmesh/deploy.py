@@ -13,7 +13,6 @@ import re
 import secrets
 import socket
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -30,6 +29,7 @@ from expertmesh.config_file import ServeFile
 from expertmesh.control.ray_cluster import end_hosts
 from expertmesh.errors import ConfigError
 from expertmesh.exposure import exposures
+from expertmesh.progress import Progress
 from expertmesh.serve.deployments import CONTROLLER
 from expertmesh.tls import read_identity
 
@@ -41,15 +41,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _HEALTH_TRIES = 150
 _BUSY = {ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a deployment has come: `done` of `total` of something, where that is known."""
-
-    phase: str
-    done: int = 0
-    total: int = 0
 
 
 def for_model(model: str, *, hosts: int, min_replicas: int, dtype: str | None) -> ServeFile:

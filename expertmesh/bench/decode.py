@@ -19,7 +19,7 @@ import transformers
 from expertmesh.bench import decode_llama, decode_sides
 from expertmesh.bench.decode_model import SHAPES, prompts, save_checkpoint
 from expertmesh.bench.measure import Spread, environment, ratios
-from expertmesh.deploy import Progress
+from expertmesh.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

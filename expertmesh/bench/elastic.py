@@ -17,8 +17,9 @@ from expertmesh.bench.serve import percentiles
 from expertmesh.client import fetch, order
 from expertmesh.config import parse_config
 from expertmesh.config_file import ServeFile
-from expertmesh.deploy import Progress, deployed
+from expertmesh.deploy import deployed
 from expertmesh.models import DOMAINS, heldout
+from expertmesh.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,8 +23,9 @@ from expertmesh.bench.measure import environment
 from expertmesh.bench.serve import descendants, percentiles
 from expertmesh.config import parse_config
 from expertmesh.config_file import ServeFile
-from expertmesh.deploy import Progress, deployed
+from expertmesh.deploy import deployed
 from expertmesh.models import DOMAINS, heldout
+from expertmesh.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

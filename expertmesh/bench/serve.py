@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from expertmesh.bench.measure import environment
-from expertmesh.deploy import Progress, deployed, for_model
+from expertmesh.deploy import deployed, for_model
 from expertmesh.models import DOMAINS, heldout
+from expertmesh.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

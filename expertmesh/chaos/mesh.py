@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from expertmesh.chaos.look import Look, Wanted
 from expertmesh.client import fetch
 from expertmesh.config import parse_config
-from expertmesh.deploy import Progress, deployed
+from expertmesh.deploy import deployed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from expertmesh.chaos.script import Script
+    from expertmesh.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,9 @@ from expertmesh.chaos.mesh import started
 from expertmesh.chaos.schedule import Schedule
 from expertmesh.chaos.striker import PROOF_S, RETRY_S, Striker
 from expertmesh.chaos.watch import Watch
-from expertmesh.deploy import Progress
 from expertmesh.errors import ConfigError
 from expertmesh.models import DOMAINS, heldout
+from expertmesh.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from expertmesh.deploy import Progress as Step
+    from expertmesh.progress import Progress as Step
 
 stdout = Console()
 stderr = Console(stderr=True)

@@ -13,8 +13,8 @@ from expertmesh.checkpoint.source import resolve
 from expertmesh.cli.console import stderr, stdout, steps_shown
 from expertmesh.cli.heatmap import draw
 from expertmesh.cli.options import AsJson
-from expertmesh.deploy import Progress
 from expertmesh.errors import ConfigError
+from expertmesh.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

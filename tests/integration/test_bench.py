@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.served import command_line, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
 
 
 def bench(*arguments: str) -> dict:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.served import command_line, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
 
 
 def test_hosts_are_killed_under_load_and_nobody_notices(tmp_path) -> None:

@@ -30,7 +30,7 @@ REDIS = shutil.which("redis-server")
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(300),
     pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)"),
 ]

@@ -29,7 +29,7 @@ from tests.integration.netns import CHECKOUT, Machine, Network
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(netns.missing() is not None, reason=str(netns.missing())),
 ]
 

@@ -7,7 +7,7 @@ import pytest
 from expertmesh.bench.overload import AT_ONCE, QUEUE, run
 from tests.integration.served import free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered_as_ever() -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -23,7 +23,7 @@ from tests.integration.served import free_port
 
 KILLS = int(os.environ.get("EXPERTMESH_TEST_KILLS", "2"))
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300 + 60 * KILLS)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300 + 60 * KILLS)]
 
 CLIENTS, TOKENS = 4, 64
 APP = "mortal"  # other tests' meshes may be running
@@ -88,36 +88,40 @@ def test_routers_killed_under_their_streams_go_unnoticed(record_property) -> Non
         assert longest_wait_s(crowd.answers) < 10
 
 
-def test_requests_wait_for_the_replacement_of_the_only_router() -> None:
-    with deployed_mesh(mesh()) as url:
-        right = undisturbed(url, TEXTS, TOKENS)
-        with Crowd(url, TEXTS, clients=2, tokens=TOKENS) as crowd:
-            threading.Event().wait(1.0)
-            (router,) = routers()
-            os.kill(router.pid, signal.SIGKILL)
-            until(lambda: [process.pid for process in routers()] not in ([], [router.pid]) and num_serving() == 1)
-            threading.Event().wait(1.0)
-        outcome = verdict(crowd.answers, right)
-        assert (outcome["failed"], outcome["wrong_answers"]) == (0, 0), outcome
-        assert longest_wait_s(crowd.answers) > 1, "none was under way when the router was killed"
+@pytest.fixture(scope="module")
+def one_router() -> Iterator[str]:
+    """The URL of a mesh with one router, which drains for less than a stream takes."""
+    with deployed_mesh(mesh(drain_s=1)) as url:
+        yield url
 
 
-def test_a_changed_config_is_deployed_under_load_and_no_stream_breaks() -> None:
-    first = mesh(drain_s=1)  # less than a stream takes: the old router's requests go on with the new one
-    with deployed_mesh(first) as url:
-        right = undisturbed(url, TEXTS, TOKENS)
-        old = routers()
-        with Crowd(url, TEXTS, clients=CLIENTS, tokens=TOKENS) as crowd:
-            threading.Event().wait(1.0)
-            serve.run(
-                application(mesh(drain_s=1, max_queue=300), "second"),
-                name=APP,
-                route_prefix="/",
-                _local_testing_mode=False,
-            )
-            until(lambda: serve.status().applications[APP].status == ApplicationStatus.RUNNING)
-            until(lambda: not any(process in routers() for process in old))
-            threading.Event().wait(2.0)
-        outcome = verdict(crowd.answers, right)
-        assert (outcome["failed"], outcome["wrong_answers"]) == (0, 0), outcome
-        assert all(answer.gaps_s for answer in crowd.answers)
+def test_requests_wait_for_the_replacement_of_the_only_router(one_router: str) -> None:
+    right = undisturbed(one_router, TEXTS, TOKENS)
+    with Crowd(one_router, TEXTS, clients=2, tokens=TOKENS) as crowd:
+        threading.Event().wait(1.0)
+        (router,) = routers()
+        os.kill(router.pid, signal.SIGKILL)
+        until(lambda: [process.pid for process in routers()] not in ([], [router.pid]) and num_serving() == 1)
+        threading.Event().wait(1.0)
+    outcome = verdict(crowd.answers, right)
+    assert (outcome["failed"], outcome["wrong_answers"]) == (0, 0), outcome
+    assert longest_wait_s(crowd.answers) > 1, "none was under way when the router was killed"
+
+
+def test_a_changed_config_is_deployed_under_load_and_no_stream_breaks(one_router: str) -> None:
+    right = undisturbed(one_router, TEXTS, TOKENS)
+    old = routers()
+    with Crowd(one_router, TEXTS, clients=CLIENTS, tokens=TOKENS) as crowd:
+        threading.Event().wait(1.0)
+        serve.run(
+            application(mesh(drain_s=1, max_queue=300), "second"),
+            name=APP,
+            route_prefix="/",
+            _local_testing_mode=False,
+        )
+        until(lambda: serve.status().applications[APP].status == ApplicationStatus.RUNNING)
+        until(lambda: not any(process in routers() for process in old))
+        threading.Event().wait(2.0)
+    outcome = verdict(crowd.answers, right)
+    assert (outcome["failed"], outcome["wrong_answers"]) == (0, 0), outcome
+    assert all(answer.gaps_s for answer in crowd.answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -305,3 +306,11 @@ def test_a_cell_stands_for_several_experts_where_there_is_no_room():
     shown = cells(picture)
     assert len(shown) == 16
     assert [i for i, cell in enumerate(shown) if "█" in cell] == [37 // 4]
+
+
+def test_a_command_starts_in_a_moment() -> None:
+    """What takes seconds to import is imported by the commands that need it, when they run."""
+    heavy = "torch transformers ray grpc matplotlib"
+    script = f"import sys, expertmesh.cli; print([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
