@@ -105,10 +105,25 @@ class Cluster:
             assert time.monotonic() < deadline, f"{what} never came: {self.on_head('serve status')}"
             threading.Event().wait(0.5)
 
+    def state(self) -> str:
+        """What the mesh and the machines' logs say, for who has to find out why a test failed."""
+        logs = "cd /tmp/ray/session_latest/logs; ps -eo pid,args | grep ray:: | cut -c1-120; tail -v -n 25 serve/*.log"
+        said = [f"{self.url}/mesh/{what}: {_said(f'{self.url}/mesh/{what}')}" for what in ("hosts", "routers", "moves")]
+        decisions = _said(f"{self.url}/mesh/decisions")[-4000:]
+        machines = (self.head, self.one, self.two, self.three)
+        return "\n".join([*said, decisions, *(f"=== {at.name}\n{at.run(f'{logs} || true')}" for at in machines)])
+
     def order(self, what: str, **values: object) -> None:
         """Ask the mesh for a change, as an operator."""
         headers = {"authorization": f"Bearer {TOKEN}"}
         httpx.post(f"{self.url}/mesh/{what}", json=values, headers=headers, timeout=30).raise_for_status()
+
+
+def _said(url: str) -> str:
+    try:
+        return httpx.get(url, timeout=5).text
+    except httpx.TransportError as error:
+        return repr(error)
 
 
 def _answers(url: str) -> bool:
@@ -150,10 +165,14 @@ def expected() -> dict[str, str]:
 def answers(cluster: Cluster) -> dict[str, str]:
     """What the mesh writes after each prompt, asked from outside."""
     client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
-    return {
-        prompt: client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0).choices[0].text
-        for prompt in PROMPTS.values()
-    }
+    try:
+        return {
+            prompt: client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0).choices[0].text
+            for prompt in PROMPTS.values()
+        }
+    except openai.OpenAIError as error:
+        error.add_note(cluster.state())
+        raise
 
 
 def host_machines(cluster: Cluster) -> set[str]:
