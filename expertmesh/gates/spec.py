@@ -112,8 +112,16 @@ class GateSpec:
     @property
     def is_alone(self) -> bool:
         """Whether a token's experts depend on nothing but itself, so that its answer is the same in every batch."""
-        is_free = STRATEGIES[self.strategy].is_alone or self.capacity_factor is None
-        return is_free and not self.random_second
+        return self.why_not_alone is None
+
+    @property
+    def why_not_alone(self) -> str | None:
+        """The field by which a token's experts come to depend on more than itself, in words; None if they do not."""
+        if self.random_second:
+            return "gate.random_second draws a token's experts at random"
+        if STRATEGIES[self.strategy].is_alone or self.capacity_factor is None:
+            return None
+        return f"gate.capacity_factor of {self.strategy} makes a token's experts depend on the others of its batch"
 
     def capacity(self, num_tokens: int) -> int | None:
         """How many of `num_tokens` tokens an expert of the layer has room for; None for no limit."""
