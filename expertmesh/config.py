@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from expertmesh.errors import ConfigError, one_line
+from expertmesh.gates.spec import GateSpec
+from expertmesh.gates.strategies import STRATEGIES
 from expertmesh.tls import TlsFiles
 
 _GREATEST = 2**53
@@ -184,6 +186,51 @@ class ExchangeSection(Section):
     wrongly without saying so."""
 
 
+class GateSection(Section):
+    """A gate in the place of the checkpoint's, in every layer; `gates/strategies.py` says what there is.
+
+    What each field means, and what it is by default, `GateSpec` says. What depends on the model is checked when it is
+    loaded.
+    """
+
+    strategy: str
+    k: int | None = None
+    normalize: bool | None = None
+    scale: float | None = None
+    num_groups: int | None = None
+    groups_kept: int | None = None
+    group_score: str | None = None
+    top_p: float | None = None
+    capacity_factor: float | None = None
+    overflow: str | None = None
+    by_confidence: bool | None = None
+    depends_on_batch: bool = False
+    """Whether it may be a gate by which an answer depends on what else is computed at the time."""
+
+    @property
+    def spec(self) -> GateSpec:
+        """For a layer of any size. Raises ConfigError, as making the section does."""
+        return GateSpec(**self.model_dump(exclude_none=True, exclude={"depends_on_batch"}))
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        try:
+            spec = self.spec
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if missing := STRATEGIES[spec.strategy].inputs:
+            raise ValueError(
+                f"gate.strategy {spec.strategy} needs {' and '.join(missing)}, which served models do not have: use"
+                " another strategy"
+            )
+        if not (spec.is_alone or self.depends_on_batch):
+            raise ValueError(
+                f"{spec.why_not_alone}, so that answers would differ from batch to batch: set gate.depends_on_batch to"
+                " true if that is wanted, or choose another gate"
+            )
+        return self
+
+
 class TlsSection(Section):
     """Files in PEM, at these paths on every node; `expertmesh certs` makes them."""
 
@@ -222,6 +269,8 @@ class MeshConfig(Section):
     router: RouterSection = RouterSection()
     gateway: GatewaySection = GatewaySection()
     exchange: ExchangeSection = ExchangeSection()
+    gate: GateSection | None = None
+    """By default the checkpoint's own."""
     network: NetworkSection = NetworkSection()
     faults: bool = False
     """Whether who has the token may break hosts, routers and the controller, to test what happens then."""

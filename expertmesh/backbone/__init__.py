@@ -2,5 +2,6 @@
 
 from expertmesh.backbone.backbone import Backbone, attach_model, count_expert_parameters, load_backbone
 from expertmesh.backbone.experts import MoeLayerFn
+from expertmesh.backbone.gating import Gates
 
-__all__ = ["Backbone", "MoeLayerFn", "attach_model", "count_expert_parameters", "load_backbone"]
+__all__ = ["Backbone", "Gates", "MoeLayerFn", "attach_model", "count_expert_parameters", "load_backbone"]

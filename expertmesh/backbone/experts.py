@@ -27,6 +27,8 @@ def mesh_experts(
 ) -> torch.Tensor:
     """transformers' experts function: called with the experts module, as its forward."""
     layer: MoeLayerFn = module.mesh_layer
+    if module.mesh_gate is not None:
+        top_k_index, top_k_weights = module.mesh_gate(top_k_index, top_k_weights)
     if not module.has_post_expert_norm:
         return layer(hidden_states, top_k_index, top_k_weights)
     # The norm, which stays here, comes between an expert and its weight. So each (token, expert) pair is asked for as
@@ -52,6 +54,7 @@ def empty_experts(module: Any) -> list[str]:
         delattr(module, name)
         setattr(module, name, torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device="cpu"))
     module.mesh_layer = not_connected
+    module.mesh_gate = None  # see gating.py
     return list(parameters)
 
 

@@ -14,6 +14,7 @@ from expertmesh.engine.config import EngineConfig
 from expertmesh.errors import ConfigError
 
 if TYPE_CHECKING:
+    from expertmesh.engine.batch import RowGates
     from expertmesh.engine.threaded import ThreadedEngine
 
 __all__ = ["EngineConfig", "EngineKind", "make_engine"]
@@ -23,11 +24,14 @@ EngineKind = Literal["auto", "continuous", "simple"]
 _log = logging.getLogger(__name__)
 
 
-def make_engine(model: Any, config: EngineConfig, kind: EngineKind = "auto") -> ThreadedEngine:
+def make_engine(
+    model: Any, config: EngineConfig, kind: EngineKind = "auto", gates: RowGates | None = None
+) -> ThreadedEngine:
     """Start an engine over `model`, a transformers causal language model in the dtype and on the device it is to run.
 
     "auto" takes continuous batching where the paged cache can hold what the model keeps per token, and else the simple
-    engine. The model is the engine's alone until `close`. Raises ConfigError when `kind` cannot run it.
+    engine. With `gates`, the model's, a request may have one of its own. The model is the engine's alone until `close`.
+    Raises ConfigError when `kind` cannot run it.
     """
     # Late, because this package also names values for those who have no use for torch.
     from expertmesh.engine.continuous import ContinuousBatch, why_not_continuous
@@ -41,6 +45,6 @@ def make_engine(model: Any, config: EngineConfig, kind: EngineKind = "auto") -> 
     model.eval()
     if kind == "simple" or obstacle is not None:
         _log.info("engine for %s: simple (%s)", name, obstacle or "as configured")
-        return ThreadedEngine(model, SimpleBatch(model, config), config)
+        return ThreadedEngine(model, SimpleBatch(model, config, gates), config, gates)
     _log.info("engine for %s: continuous batching", name)
-    return ThreadedEngine(model, ContinuousBatch(model, config), config)
+    return ThreadedEngine(model, ContinuousBatch(model, config, gates), config, gates)

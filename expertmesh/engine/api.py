@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from expertmesh.errors import ExpertMeshError
+    from expertmesh.gates.spec import GateSpec
 
 FINISH_STOP = "stop"
 """The model ended the text: an end-of-sequence token or one of `stop_token_ids`."""
@@ -64,6 +65,8 @@ class GenerateRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     num_resumed: int = 0
+    gate: GateSpec | None = None
+    """For this request's tokens, in place of the gate that the others have. Never one that looks at the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +119,8 @@ class Engine(Protocol):
         """Queue a request. `on_event` is called from the engine's thread; it must return at once and not raise.
 
         One that is resumed goes ahead of those that wait, and is never refused for their number.
-        Raises OverloadedError when the queue is full, InvalidRequestError when prompt plus max_tokens cannot fit,
-        RouterGoneError when the engine has stopped.
+        Raises OverloadedError when the queue is full, InvalidRequestError when prompt plus max_tokens cannot fit or the
+        gate does not fit the model, RouterGoneError when the engine has stopped.
         """
         ...
 
@@ -125,7 +128,7 @@ class Engine(Protocol):
         """Forget a request: no event follows, its memory is freed by the next step. Unknown ids are ignored."""
         ...
 
-    def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+    def score(self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None) -> PromptLogprobs:
         """Run the model over a prompt, for `echo` with `logprobs`. Blocks; call it off the event loop."""
         ...
 

@@ -6,15 +6,18 @@ its choices in order, the last of them with a finish reason.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from expertmesh.engine.api import FINISH_LENGTH, FINISH_STOP, GenerateRequest, TokenEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from expertmesh.engine.sampling import Choice, SamplingState
+    from expertmesh.gates.spec import GateSpec
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -47,6 +50,26 @@ class Generation:
             top_logprobs=choice.top_logprobs,
             finish_reason=finish_reason,
         )
+
+
+class RowGates(Protocol):
+    """The gates of the model, as far as they can be changed: see `expertmesh.backbone.gating`."""
+
+    def check(self, spec: GateSpec) -> None:
+        """Raise ConfigError where the model cannot use this gate. May be called from any thread."""
+        ...
+
+    def by_row(self, rows: Sequence[tuple[GateSpec | None, int]]) -> AbstractContextManager[None]:
+        """For one forward: which gate so many rows use, in their order; None is what they use without being told."""
+        ...
+
+
+def gates_set(gates: RowGates | None, rows: Sequence[tuple[GateSpec | None, int]]) -> AbstractContextManager[None]:
+    """The gates of one forward. Where no row asks for one, nothing is touched."""
+    if all(gate is None for gate, _ in rows):
+        return nullcontext()
+    assert gates is not None, "a request with a gate was taken that nothing can set"
+    return gates.by_row(rows)
 
 
 class Batch(Protocol):

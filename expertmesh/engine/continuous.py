@@ -24,11 +24,12 @@ from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from expertmesh.engine.attention import by_request
+from expertmesh.engine.batch import gates_set
 from expertmesh.engine.sampling import choose_tokens
 from expertmesh.errors import ConfigError
 
 if TYPE_CHECKING:
-    from expertmesh.engine.batch import Generation
+    from expertmesh.engine.batch import Generation, RowGates
     from expertmesh.engine.config import EngineConfig
     from expertmesh.engine.sampling import Choice
 
@@ -41,8 +42,9 @@ _FLASH_PAGE = 256
 class ContinuousBatch:
     """A `Batch` over a paged cache. Raises ConfigError when the cache cannot be built as configured."""
 
-    def __init__(self, model: Any, config: EngineConfig) -> None:
+    def __init__(self, model: Any, config: EngineConfig, gates: RowGates | None = None) -> None:
         self._model = model
+        self._gates = gates
         self._max_requests = config.max_requests
         self._generations: dict[str, Generation] = {}
         self._chooser = _TokenChooser(self._generations)
@@ -59,6 +61,7 @@ class ContinuousBatch:
                 f"kv_tokens is {config.kv_tokens}, enough for one request of {longest} tokens; raise it so that "
                 f"one of max_context ({config.max_context}) fits"
             )
+        self._keep_prefixes_apart()
 
     def _make_processor(self, config: EngineConfig) -> Any:
         decodes_from_pages = self._attention.startswith("flash") and config.page_size % _FLASH_PAGE == 0
@@ -86,6 +89,17 @@ class ContinuousBatch:
         if self._model.device.type == "cpu" and (attention := by_request(self._attention)) is not None:
             self._model.set_attn_implementation(attention)
         return manager._create_batch_processor()
+
+    def _keep_prefixes_apart(self) -> None:
+        """Have requests with a gate of their own share no prefix: by another gate the same tokens have other keys."""
+        cache = self._processor.cache
+        search, count = cache.search_prefix_match, cache.count_new_complete_blocks
+
+        def is_plain(request_id: str) -> bool:
+            return self._generations[request_id].request.gate is None
+
+        cache.search_prefix_match = lambda key, ids: search(key, ids) if is_plain(key) else 0
+        cache.count_new_complete_blocks = lambda state, n: count(state, n) if is_plain(state.request_id) else {}
 
     @property
     def num_waiting(self) -> int:
@@ -116,7 +130,10 @@ class ContinuousBatch:
         return [self._generations[row.state.request_id] for row in self._processor.inputs_and_outputs.requests_in_batch]
 
     def run(self) -> list[tuple[Generation, Choice | None]]:
-        self._processor._generation_step(self._model)
+        rows = self._processor.inputs_and_outputs.requests_in_batch
+        gates = [(self._generations[row.state.request_id].request.gate, row.query_length) for row in rows]
+        with gates_set(self._gates, gates):
+            self._processor._generation_step(self._model)
         self._processor.update_batch()
         return self._chooser.take()
 

@@ -13,20 +13,30 @@ import numpy as np
 import torch
 
 from expertmesh.engine.api import PromptLogprobs
+from expertmesh.engine.batch import gates_set
 from expertmesh.engine.sampling import most_likely_logprobs
 from expertmesh.errors import NotFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from expertmesh.engine.batch import RowGates
+    from expertmesh.gates.spec import GateSpec
+
 _CHUNK = 256
 """Positions whose log-probabilities are held at once: a float32 copy of all logits can outweigh the model."""
 
 
-def score_prompt(model: Any, prompt_ids: tuple[int, ...], num_top: int) -> PromptLogprobs:
+def score_prompt(
+    model: Any,
+    prompt_ids: tuple[int, ...],
+    num_top: int,
+    gate: GateSpec | None = None,
+    gates: RowGates | None = None,
+) -> PromptLogprobs:
     """Score `prompt_ids`, reporting at least the most likely token of each position. Raises NotFiniteError."""
     input_ids_1T = torch.tensor([prompt_ids], device=model.device)
-    with _plain_attention(model):
+    with _plain_attention(model), gates_set(gates, [(gate, len(prompt_ids))]):
         logits_TV = model(input_ids=input_ids_1T, use_cache=False).logits[0]
     token_logprobs: list[float | None] = [None]
     top_logprobs: list[tuple[tuple[int, float], ...]] = [()]

@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from expertmesh.engine.batch import gates_set
 from expertmesh.engine.sampling import choose_tokens
 
 if TYPE_CHECKING:
-    from expertmesh.engine.batch import Generation
+    from expertmesh.engine.batch import Generation, RowGates
     from expertmesh.engine.config import EngineConfig
     from expertmesh.engine.sampling import Choice
+    from expertmesh.gates.spec import GateSpec
 
 
 class SimpleBatch:
     """A `Batch` of groups that take turns, one forward each."""
 
-    def __init__(self, model: Any, config: EngineConfig) -> None:
+    def __init__(self, model: Any, config: EngineConfig, gates: RowGates | None = None) -> None:
         self._model = model
+        self._gates = gates
         self._config = config
         self._waiting: deque[Generation] = deque()
         self._added: set[Generation] = set()
@@ -59,7 +62,9 @@ class SimpleBatch:
         return self._groups[-1].generations
 
     def run(self) -> list[tuple[Generation, Choice | None]]:
-        return self._groups[-1].step(self._model)
+        group = self._groups[-1]
+        with gates_set(self._gates, group.gates):
+            return group.step(self._model)
 
     def close(self) -> None:
         self._waiting.clear()
@@ -91,6 +96,12 @@ class _Group:
     @property
     def generations(self) -> list[Generation]:
         return [row for row in self._rows if row is not None]
+
+    @property
+    def gates(self) -> list[tuple[GateSpec | None, int]]:
+        """Whose gate the coming forward's tokens use, and how many they are."""
+        rows = zip(self._rows, self._next_ids, strict=True)
+        return [(None if row is None else row.request.gate, len(ids)) for row, ids in rows]
 
     def keep(self, live: set[Generation]) -> None:
         """Forget the rows that are not live, and their cache where that can be done."""

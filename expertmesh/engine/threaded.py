@@ -22,6 +22,7 @@ from expertmesh.engine.linears import pack_linears
 from expertmesh.engine.sampling import Choice, SamplingState
 from expertmesh.engine.score import score_prompt
 from expertmesh.errors import (
+    ConfigError,
     ExpertMeshError,
     InvalidRequestError,
     NotFiniteError,
@@ -32,7 +33,9 @@ from expertmesh.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from expertmesh.engine.batch import RowGates
     from expertmesh.engine.config import EngineConfig
+    from expertmesh.gates.spec import GateSpec
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +43,9 @@ _log = logging.getLogger(__name__)
 class ThreadedEngine:
     """An `Engine` over a `Batch`. The thread runs from construction to `close`."""
 
-    def __init__(self, model: Any, batch: Batch, config: EngineConfig) -> None:
+    def __init__(self, model: Any, batch: Batch, config: EngineConfig, gates: RowGates | None = None) -> None:
         self._model = model
+        self._gates = gates
         self._batch = batch
         self._config = config
         self._restore_linears = pack_linears(model)
@@ -58,7 +62,7 @@ class ThreadedEngine:
         self._live: dict[str, Generation] = {}
         self._queue: deque[Generation] = deque()
         self._cancelled: list[Generation] = []
-        self._scores: deque[tuple[tuple[int, ...], int, Future[PromptLogprobs]]] = deque()
+        self._scores: deque[tuple[tuple[int, ...], int, GateSpec | None, Future[PromptLogprobs]]] = deque()
         self._is_closing = False
         self._end: str | None = None
         """Why the thread ended or will not take more, once that is so."""
@@ -105,8 +109,9 @@ class ThreadedEngine:
                 self._cancelled.append(generation)
                 self._changed.notify()
 
-    def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+    def score(self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None) -> PromptLogprobs:
         self._check_prompt(prompt_ids)
+        self._check_gate(gate)
         if len(prompt_ids) > self.max_context:
             raise InvalidRequestError(
                 f"the prompt has {len(prompt_ids)} tokens; the model's context is {self.max_context}", param="prompt"
@@ -116,7 +121,7 @@ class ThreadedEngine:
             self._check_open()
             if len(self._scores) >= self._config.max_queue:
                 raise OverloadedError(f"{len(self._scores)} prompts wait to be scored (max_queue); retry later")
-            self._scores.append((prompt_ids, top_logprobs, result))
+            self._scores.append((prompt_ids, top_logprobs, gate, result))
             self._changed.notify()
         return result.result()
 
@@ -172,11 +177,23 @@ class ThreadedEngine:
             )
         self._check_ids(params.logit_bias, "logit_bias")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
+        self._check_gate(request.gate)
 
     def _check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
         if not prompt_ids:
             raise InvalidRequestError("the prompt is empty; it needs at least one token", param="prompt")
         self._check_ids(prompt_ids, "prompt")
+
+    def _check_gate(self, gate: GateSpec | None) -> None:
+        if gate is None:
+            return
+        if self._gates is None:
+            raise InvalidRequestError("gate: this model's gate cannot be changed; leave gate out", param="gate")
+        assert gate.is_alone, "a request's gate must not look at other requests"
+        try:
+            self._gates.check(gate)
+        except ConfigError as error:
+            raise InvalidRequestError(str(error), param="gate") from error
 
     def _check_ids(self, token_ids: Any, param: str) -> None:
         for token_id in token_ids:
@@ -213,9 +230,9 @@ class ThreadedEngine:
         with self._lock:
             if not self._scores:
                 return
-            prompt_ids, num_top, result = self._scores.popleft()
+            prompt_ids, num_top, gate, result = self._scores.popleft()
         try:
-            result.set_result(score_prompt(self._model, prompt_ids, num_top))
+            result.set_result(score_prompt(self._model, prompt_ids, num_top, gate, self._gates))
         except Exception as error:  # noqa: BLE001 - the caller's to handle, not the thread's
             result.set_exception(error)
 
@@ -274,7 +291,7 @@ class ThreadedEngine:
             gone = RouterGoneError(f"the engine has stopped: {end}")
             for generation in list(self._live.values()):
                 self._deliver(generation, _error_event(generation, str(gone), gone))
-            for _, _, result in self._scores:
+            for *_, result in self._scores:
                 result.set_exception(gone)
             self._scores.clear()
 

@@ -55,9 +55,7 @@ def route(spec: GateSpec, given: GateInput, *, generator: torch.Generator | None
     With a generator, strategies that draw do so; without, noise is left out. Raises ConfigError when the spec does not
     fit what is given, or when an expert overflows and the spec says that this is an error.
     """
-    width = given.logits_TE.shape[1]
-    if width != spec.num_experts:
-        raise ConfigError(f"gate.num_experts is {spec.num_experts}, but the layer has {width}: use {width}")
+    spec = spec.for_layer(given.logits_TE.shape[1])
     for name in STRATEGIES[spec.strategy].inputs:
         if getattr(given, name) is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""`GateSpec`: which gate a layer uses, as one checked value.
+"""`GateSpec`: which gate a layer, or every layer of a model, uses, as one checked value.
 
 Knows what each strategy is told (`strategies`), not how it chooses, and needs no torch. Invariant: a GateSpec that
 exists can be used; what cannot work raises ConfigError where it is made, in one line that names the field and the fix.
@@ -54,7 +54,8 @@ class GateSpec:
     """One of `STRATEGIES` and what it is told. A field that the strategy has no use for is refused."""
 
     strategy: str
-    num_experts: int
+    num_experts: int | None = None
+    """Of the layer. None leaves it open, and unchecked what depends on it, until `for_layer`."""
     k: int | None = None
     """Experts for each token; with top-p, the most."""
     normalize: bool = False
@@ -81,16 +82,25 @@ class GateSpec:
         check_known("gate.strategy", self.strategy, STRATEGIES)
         check_known("gate.group_score", self.group_score, GROUP_SCORES)
         check_known("gate.overflow", self.overflow, OVERFLOWS)
-        _at_least_one("num_experts", self.num_experts)
+        if self.num_experts is not None:
+            _at_least_one("num_experts", self.num_experts)
         self._check_fields(STRATEGIES[self.strategy])
         self._check_k()
         self._check_groups()
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"gate.top_p is {self.top_p:g}: use a probability above 0 and at most 1")
         if self.capacity_factor is not None:
-            self.capacity(1)
+            expert_capacity(1, 1, 1, self.capacity_factor)
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise ConfigError(f"gate.scale is {self.scale:g}: use a number above 0, 1 for weights as they are")
+
+    def for_layer(self, num_experts: int) -> GateSpec:
+        """The same gate for a layer of so many experts. Raises ConfigError where it cannot be."""
+        if self.num_experts not in (None, num_experts):
+            raise ConfigError(
+                f"gate.num_experts is {self.num_experts}, but the layer has {num_experts}: use {num_experts}"
+            )
+        return self if self.num_experts == num_experts else dataclasses.replace(self, num_experts=num_experts)
 
     @property
     def groups(self) -> Groups | None:
@@ -102,13 +112,22 @@ class GateSpec:
     @property
     def is_alone(self) -> bool:
         """Whether a token's experts depend on nothing but itself, so that its answer is the same in every batch."""
-        is_free = STRATEGIES[self.strategy].is_alone or self.capacity_factor is None
-        return is_free and not self.random_second
+        return self.why_not_alone is None
+
+    @property
+    def why_not_alone(self) -> str | None:
+        """The field by which a token's experts come to depend on more than itself, in words; None if they do not."""
+        if self.random_second:
+            return "gate.random_second draws a token's experts at random"
+        if STRATEGIES[self.strategy].is_alone or self.capacity_factor is None:
+            return None
+        return f"gate.capacity_factor of {self.strategy} makes a token's experts depend on the others of its batch"
 
     def capacity(self, num_tokens: int) -> int | None:
-        """How many of `num_tokens` tokens an expert has room for; None for no limit."""
+        """How many of `num_tokens` tokens an expert of the layer has room for; None for no limit."""
         if self.capacity_factor is None:
             return None
+        assert self.num_experts is not None, "a gate for no layer in particular has no capacity"
         k = STRATEGIES[self.strategy].fixed_k or 1
         return expert_capacity(num_tokens, self.num_experts, k, self.capacity_factor)
 
@@ -130,22 +149,24 @@ class GateSpec:
         if k is None:
             return
         _at_least_one("k", k)
-        if k > self.num_experts:
+        if self.num_experts is not None and k > self.num_experts:
             what = f"gate.k is {k}" if self.k is not None else f"gate.strategy {self.strategy} takes {k} for each token"
             raise ConfigError(f"{what}, but the layer has {self.num_experts} experts: use at most as many")
 
     def _check_groups(self) -> None:
         _at_least_one("num_groups", self.num_groups)
         _at_least_one("groups_kept", self.groups_kept)
+        if self.groups_kept > self.num_groups:
+            raise ConfigError(
+                f"gate.groups_kept is {self.groups_kept} of {self.num_groups} groups: use at most as many"
+            )
+        if self.num_experts is None:
+            return
         size, rest = divmod(self.num_experts, self.num_groups)
         if rest:
             raise ConfigError(
                 f"gate.num_groups {self.num_groups} does not divide the layer's {self.num_experts} experts:"
                 f" use {_nearest_divisor(self.num_experts, self.num_groups)}"
-            )
-        if self.groups_kept > self.num_groups:
-            raise ConfigError(
-                f"gate.groups_kept is {self.groups_kept} of {self.num_groups} groups: use at most as many"
             )
         if self.k is not None and self.k > self.groups_kept * size:
             raise ConfigError(

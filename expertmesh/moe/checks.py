@@ -137,7 +137,7 @@ class Checks:
         for host in self._health.to_probe(now):
             others = frozenset(other.id for other in placement.hosts if other.id != host)
             holds_P = placement.table(run.layer, others).num_replicas_E[run.expert_P] > 0
-            pairs = np.flatnonzero(holds_P)[:_PROBE_PAIRS]
+            pairs = np.flatnonzero(holds_P & (run.expert_P >= 0))[:_PROBE_PAIRS]
             if not len(pairs):
                 continue  # it holds none of these: another layer's rows will do
             plan = make_dispatch_plan(placement, run.layer, run.expert_P, run.num_choices, pairs, failed=others)

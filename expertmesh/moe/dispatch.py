@@ -52,9 +52,10 @@ def make_dispatch_plan(
 ) -> list[HostPart]:
     """Plan where `pairs` (distinct indices into `expert_P`, the chosen expert of every pair) are computed.
 
-    An expert's pairs go to its replicas in contiguous runs, as long as `split_rows` says. `num_choices` is K. Nothing
-    goes to hosts in `failed`, and to those in `avoided` only what no other holds. Raises NoReadyReplicaError when a
-    wanted expert has no replica.
+    Each of `pairs` must have an expert: what stands in `expert_P` for the others is not looked at. An expert's pairs go
+    to its replicas in contiguous runs, as long as `split_rows` says. `num_choices` is K. Nothing goes to hosts in
+    `failed`, and to those in `avoided` only what no other holds. Raises NoReadyReplicaError when a wanted expert has no
+    replica.
     """
     table = placement.table(layer, failed, avoided)
     num_experts = len(table.num_replicas_E)

@@ -91,8 +91,9 @@ class Exchange:
     def run(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         """Compute every chosen expert on its token's row.
 
-        x_TH is on CPU; index_TK holds expert indices of `layer`. Returns rows_TKH on CPU in x's dtype, neither
-        weighted nor summed. Raises ReplicaFailedError or DeadlineExceededError.
+        x_TH is on CPU; index_TK holds expert indices of `layer`, or NO_EXPERT, whose pairs do not travel. Returns
+        rows_TKH on CPU in x's dtype, neither weighted nor summed; the row of no expert is zero. Raises
+        ReplicaFailedError or DeadlineExceededError.
         """
         num_tokens, num_choices = index_TK.shape
         num_pairs = num_tokens * num_choices
@@ -102,18 +103,25 @@ class Exchange:
             self.observe(layer, index_TK.numpy())
         x = x_TH.contiguous()
         x_TB = x.view(torch.uint8).numpy()
+        y_PB = np.empty((num_pairs, x_TB.shape[1]), np.uint8)
+        expert_P = index_TK.reshape(-1).numpy()
+        pairs = np.arange(num_pairs)
+        if expert_P.min() < 0:
+            y_PB[expert_P < 0] = 0
+            pairs = pairs[expert_P >= 0]
         run = Run(
             layer=layer,
             dtype=_DTYPE_NAMES[x.dtype],
             num_choices=num_choices,
-            expert_P=index_TK.reshape(-1).numpy(),
+            expert_P=expert_P,
             x_TB=x_TB,
-            y_PB=np.empty((num_pairs, x_TB.shape[1]), np.uint8),
-            todo=[Todo(np.arange(num_pairs))],
-            num_left=num_pairs,
+            y_PB=y_PB,
+            todo=[Todo(pairs)],
+            num_left=len(pairs),
         )
         try:
-            self._deliver(run)
+            if len(pairs):
+                self._deliver(run)
         finally:
             for ticket in run.attempts:
                 self._transport.forget(ticket)

@@ -14,6 +14,7 @@ from typing import Any
 from expertmesh.clock import Clock
 from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
 from expertmesh.errors import OverloadedError
+from expertmesh.gates.spec import GateSpec
 from expertmesh.serve.backend import Backend, MeshOrder, MeshView
 
 _WINDOW_S = 60.0
@@ -75,9 +76,11 @@ class Admitting:
                 async for events in batches:
                     yield events
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
         with self._places.one():
-            return await self._backend.score(prompt_ids, top_logprobs)
+            return await self._backend.score(prompt_ids, top_logprobs, gate)
 
     def trace(self, seconds: float) -> AsyncGenerator[bytes, None]:
         return self._backend.trace(seconds)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
+from expertmesh.gates.spec import GateSpec
 
 MeshView = Literal["hosts", "routers", "placement", "load", "decisions", "moves"]
 MeshOrder = Literal["scale", "auto", "drain", "rebalance", "fault"]
@@ -57,8 +58,10 @@ class Backend(Protocol):
         """
         ...
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
-        """Log-probabilities of a prompt's own tokens."""
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
+        """Log-probabilities of a prompt's own tokens, by the model's gate or another."""
         ...
 
     def trace(self, seconds: float) -> AsyncGenerator[bytes, None]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
+    from expertmesh.gates.spec import GateSpec
     from expertmesh.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -121,8 +122,10 @@ class RouterDeployment:
         async for events in self._router.generate(request):
             yield events
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
-        return await self._router.score(prompt_ids, top_logprobs)
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
+        return await self._router.score(prompt_ids, top_logprobs, gate)
 
     async def trace(self, seconds: float) -> AsyncIterator[bytes]:
         async for data in self._router.trace(seconds):
@@ -222,9 +225,11 @@ class RouterHandle:
         finally:
             answer.cancel()  # does nothing once the answer is complete
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
         with _own_errors():
-            result: PromptLogprobs = await self._handle.score.remote(prompt_ids, top_logprobs)
+            result: PromptLogprobs = await self._handle.score.remote(prompt_ids, top_logprobs, gate)
             return result
 
     async def trace(self, seconds: float) -> AsyncGenerator[bytes, None]:

@@ -137,7 +137,8 @@ async def run_choices(surface: Surface, body: GenerateBody, choices: Sequence[Ch
     num_top = choices[0].request.sampling.top_logprobs
     if body.echo and num_top is not None:
         prompts = list(dict.fromkeys(choice.prompt for choice in choices))
-        scored = await run_together(surface.backend.score(prompt.ids, num_top) for prompt in prompts)
+        gate = choices[0].request.gate
+        scored = await run_together(surface.backend.score(prompt.ids, num_top, gate) for prompt in prompts)
         scores = dict(zip(prompts, scored, strict=True))
     await run_together(_run_choice(surface, body, choice, scores.get(choice.prompt), emit) for choice in choices)
 

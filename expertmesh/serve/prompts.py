@@ -123,7 +123,9 @@ def plan_choices(
                 ignore_eos=body.ignore_eos,
                 top_logprobs=num_top_logprobs,
             )
-            request = GenerateRequest(request_id=f"{answer_id}-{index}", prompt_ids=prompt.ids, sampling=sampling)
+            request = GenerateRequest(
+                request_id=f"{answer_id}-{index}", prompt_ids=prompt.ids, sampling=sampling, gate=body.gate
+            )
             choices.append(Choice(index=index, prompt=prompt, request=request))
     return tuple(choices)
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from expertmesh.clock import Clock
 from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
 from expertmesh.errors import NoRouterError, OverloadedError, RouterGoneError
+from expertmesh.gates.spec import GateSpec
 from expertmesh.serve.backend import Backend, MeshOrder, MeshView
 
 T = TypeVar("T")
@@ -127,8 +128,10 @@ class Resuming:
                 waiting.heard()
                 yield events
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
-        return await self._repeat(lambda: self._backend.score(prompt_ids, top_logprobs))
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
+        return await self._repeat(lambda: self._backend.score(prompt_ids, top_logprobs, gate))
 
     def trace(self, seconds: float) -> AsyncGenerator[bytes, None]:
         return self._backend.trace(seconds)  # of one router: another has seen other requests

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.allocator import FORWARD_BYTES, keep_freed_memory
-from expertmesh.backbone import load_backbone
+from expertmesh.backbone import Gates, load_backbone
 from expertmesh.checkpoint.source import resolve
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.engine import EngineConfig, make_engine
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from expertmesh.config import MeshConfig
     from expertmesh.doubt import Doubt
     from expertmesh.engine.api import GenerateRequest
+    from expertmesh.gates.spec import GateSpec
     from expertmesh.placement import Placement
 
 BEAT_S = 3.0
@@ -51,6 +52,7 @@ class Router:
         section = config.router
         backbone = load_backbone(path, dtype=config.dtype)
         backbone.model.to(section.device)
+        gates = Gates(backbone, None if config.gate is None else config.gate.spec)
         self._exchange = Exchange(
             NetworkTransport(token, tls=config.network.tls_files),
             placement,
@@ -72,6 +74,7 @@ class Router:
                 kv_tokens=section.kv_tokens,
             ),
             kind=section.engine,
+            gates=gates,
         )
 
     def on_doubt(self, tell: Callable[[Doubt], object]) -> None:
@@ -161,9 +164,11 @@ class Router:
             origin={"recorded": True},
         )
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
         """Log-probabilities of a prompt's own tokens."""
-        return await asyncio.to_thread(self._engine.score, prompt_ids, top_logprobs)
+        return await asyncio.to_thread(self._engine.score, prompt_ids, top_logprobs, gate)
 
     @property
     def healthy(self) -> bool:

@@ -10,10 +10,12 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
+from expertmesh.config import GateSection, describe
 from expertmesh.errors import ConfigError, InvalidRequestError
 from expertmesh.fault import Fault, FaultKind
+from expertmesh.gates.spec import GateSpec
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -68,6 +70,24 @@ def _parse_content(value: Any) -> Any:
     if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
         raise InvalidRequestError("message content may only have parts of type text", param="messages")
     return "\n".join(texts)
+
+
+def _parse_gate(value: Any) -> GateSpec:
+    """The fields of the config's `gate`, but for the gates that look at the batch: that is others' too."""
+    if not isinstance(value, dict):
+        raise InvalidRequestError("gate must be an object, such as {'strategy': 'softmax-topk', 'k': 1}", param="gate")
+    if "depends_on_batch" in value:
+        raise InvalidRequestError("gate.depends_on_batch is not a request's to set; leave it out", param="gate")
+    try:
+        spec = GateSection.model_validate({**value, "depends_on_batch": True}, strict=True).spec
+    except ValidationError as error:
+        reason = describe(error)
+        if error.errors()[0]["loc"]:
+            reason = f"gate.{reason}"
+        raise InvalidRequestError(reason if reason.startswith("gate.") else f"gate: {reason}", param="gate") from error
+    if not spec.is_alone:
+        raise InvalidRequestError(f"{spec.why_not_alone}; a request may not have such a gate", param="gate")
+    return spec
 
 
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=16)]
@@ -126,6 +146,8 @@ class GenerateBody(Body):
     skip_special_tokens: bool = True
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    gate: Annotated[GateSpec, PlainValidator(_parse_gate, json_schema_input_type=GateSection)] | None = None
+    """An extension: chooses the experts of this request's tokens, in place of the model's own gate."""
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import queue
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertmesh.engine.api import (
     FINISH_ERROR,
@@ -22,6 +22,9 @@ from expertmesh.engine.api import (
     TokenEvent,
 )
 from expertmesh.errors import NoControllerError
+
+if TYPE_CHECKING:
+    from expertmesh.gates.spec import GateSpec
 
 Step = int | tuple[int, ...] | Exception | str
 """A token; tokens that arrive together; an error to raise; or the text of an error that the engine reports."""
@@ -97,7 +100,9 @@ class ScriptedBackend:
                 self.cancelled.put(request.request_id)
             raise
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
         pairs = list(itertools.pairwise(prompt_ids))
         return PromptLogprobs(
             token_logprobs=(None, *(scripted_logprob(before, token, self._vocab_size) for before, token in pairs)),

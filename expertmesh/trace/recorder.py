@@ -40,13 +40,17 @@ class TraceRecorder:
         """Exchanges left out so far."""
 
     def record(self, layer: int, index_TK: NDArray[np.integer]) -> None:
-        """Note one exchange: the experts that its T tokens chose."""
+        """Note one exchange: the experts that its T tokens chose.
+
+        One where a token chose fewer or more experts than the trace's top_k is left out, for it has no place for that.
+        """
         if index_TK.size == 0:
             return
         time_s = self._clock.monotonic() - self._started_s
-        data = encode_choices(self.header, time_s, layer, index_TK)
+        fits = index_TK.shape[1] == self.header.top_k and index_TK.min() >= 0
+        data = encode_choices(self.header, time_s, layer, index_TK) if fits else b""
         with self._lock:
-            if len(self._waiting) + len(data) > self._max_bytes or len(data) > MAX_RECORD_BYTES:
+            if not fits or len(self._waiting) + len(data) > self._max_bytes or len(data) > MAX_RECORD_BYTES:
                 self._missing += 1
                 self.num_dropped += 1
                 return

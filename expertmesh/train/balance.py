@@ -97,7 +97,7 @@ class SteeredGates:
             choices = choices.trimmed()  # E columns are made for a token that all experts choose, and none is
         self._last[layer] = logits_TE, choices
         # transformers' experts know a choice that leads nowhere as one past the last expert.
-        index_TK = choices.index_TK.masked_fill(choices.index_TK == NO_EXPERT, spec.num_experts)
+        index_TK = choices.index_TK.masked_fill(choices.index_TK == NO_EXPERT, logits_TE.shape[1])
         return logits_TE, choices.weights_TK, index_TK
 
     def tokens_LE(self) -> Tensor:

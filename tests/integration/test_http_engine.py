@@ -14,6 +14,7 @@ import torch
 
 from expertmesh.engine import EngineConfig, make_engine
 from expertmesh.engine.api import Engine, GenerateRequest, PromptLogprobs, TokenEvent
+from expertmesh.gates.spec import GateSpec
 from expertmesh.serve.backend import Limits, ModelCard
 from expertmesh.serve.openai_api import create_app
 from expertmesh.serve.text import TextCodec
@@ -46,8 +47,10 @@ class EngineBackend:
         finally:
             self._engine.cancel(request.request_id)
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
-        return await asyncio.to_thread(self._engine.score, prompt_ids, top_logprobs)
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
+        return await asyncio.to_thread(self._engine.score, prompt_ids, top_logprobs, gate)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.engine.api import FINISH_ERROR, GenerateRequest, PromptLogprobs, SamplingParams, TokenEvent
 from expertmesh.errors import ExpertMeshError, InvalidRequestError, NoRouterError, OverloadedError, RouterGoneError
+from expertmesh.gates.spec import GateSpec
 from expertmesh.serve.backend import Limits, ModelCard
 from expertmesh.serve.openai_api import create_app
 from expertmesh.serve.resume import Patience, Resuming
@@ -78,7 +79,9 @@ class Falling:
         if way == "silent":
             await asyncio.Event().wait()
 
-    async def score(self, prompt_ids: tuple[int, ...], top_logprobs: int) -> PromptLogprobs:
+    async def score(
+        self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
+    ) -> PromptLogprobs:
         self.requests.append(
             GenerateRequest(request_id="", prompt_ids=prompt_ids, sampling=SamplingParams(max_tokens=1))
         )
