@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from expertmesh.doubt import Doubt
+from expertmesh.gates.choices import NO_EXPERT
 from expertmesh.ids import ExpertId
 from expertmesh.moe.dispatch import make_dispatch_plan
 from expertmesh.moe.finite import not_finite
@@ -137,6 +138,7 @@ class Checks:
         for host in self._health.to_probe(now):
             others = frozenset(other.id for other in placement.hosts if other.id != host)
             holds_P = placement.table(run.layer, others).num_replicas_E[run.expert_P] > 0
+            holds_P &= run.expert_P != NO_EXPERT
             pairs = np.flatnonzero(holds_P)[:_PROBE_PAIRS]
             if not len(pairs):
                 continue  # it holds none of these: another layer's rows will do

@@ -15,6 +15,7 @@ import torch
 
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.errors import DeadlineExceededError, NoReadyReplicaError, ReplicaFailedError, ReplicaUnavailableError
+from expertmesh.gates.choices import NO_EXPERT
 from expertmesh.kernels.spec import DTYPES
 from expertmesh.moe.asides import Asides
 from expertmesh.moe.checks import Checks
@@ -67,7 +68,8 @@ class Exchange:
         rng = rng or random.Random(0)  # which rows are computed twice is no secret
         self._checks = Checks(transport, self._asides, self._health, self._limits, self.counts, clock, rng)
         self.observe: Callable[[int, NDArray[np.int64]], None] | None = None
-        """Called with (layer, index_TK) of every exchange, where somebody wants to know what the gates choose."""
+        """Called with (layer, index_TK) of every exchange, where somebody wants to know what the gates choose; but not
+        of one in which a choice leads nowhere."""
 
     @property
     def placement(self) -> Placement:
@@ -91,14 +93,18 @@ class Exchange:
     def run(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         """Compute every chosen expert on its token's row.
 
-        x_TH is on CPU; index_TK holds expert indices of `layer`. Returns rows_TKH on CPU in x's dtype, neither
-        weighted nor summed. Raises ReplicaFailedError or DeadlineExceededError.
+        x_TH is on CPU; index_TK holds expert indices of `layer`, or NO_EXPERT: nothing travels for these, and their
+        rows are zeros. Returns rows_TKH on CPU in x's dtype, neither weighted nor summed. Raises ReplicaFailedError or
+        DeadlineExceededError.
         """
         num_tokens, num_choices = index_TK.shape
         num_pairs = num_tokens * num_choices
         if num_tokens == 0:
             return x_TH.new_empty(0, num_choices, x_TH.shape[1])
-        if self.observe is not None:
+        expert_P = index_TK.reshape(-1).numpy()
+        pairs = (expert_P != NO_EXPERT).nonzero()[0]
+        is_whole = len(pairs) == num_pairs
+        if self.observe is not None and is_whole:
             self.observe(layer, index_TK.numpy())
         x = x_TH.contiguous()
         x_TB = x.view(torch.uint8).numpy()
@@ -106,14 +112,15 @@ class Exchange:
             layer=layer,
             dtype=_DTYPE_NAMES[x.dtype],
             num_choices=num_choices,
-            expert_P=index_TK.reshape(-1).numpy(),
+            expert_P=expert_P,
             x_TB=x_TB,
-            y_PB=np.empty((num_pairs, x_TB.shape[1]), np.uint8),
-            todo=[Todo(np.arange(num_pairs))],
-            num_left=num_pairs,
+            y_PB=(np.empty if is_whole else np.zeros)((num_pairs, x_TB.shape[1]), np.uint8),
+            todo=[Todo(pairs)],
+            num_left=len(pairs),
         )
         try:
-            self._deliver(run)
+            if len(pairs):
+                self._deliver(run)
         finally:
             for ticket in run.attempts:
                 self._transport.forget(ticket)
