@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nhost.proto\x12\x12\x65xpertmesh.host.v1\"\xaa\x01\n\x0f\x45xchangeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12(\n\x05\x64type\x18\x03 \x01(\x0e\x32\x19.expertmesh.host.v1.DType\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x0c\n\x04rows\x18\x05 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x06 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x07 \x03(\r\x12\x11\n\tpair_rows\x18\x08 \x01(\x0c\"f\n\rExchangeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.expertmesh.host.v1.Error\x12\x11\n\tcompute_s\x18\x04 \x01(\x02\"\x87\x01\n\x05\x45rror\x12,\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1e.expertmesh.host.v1.Error.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\"?\n\x04\x43ode\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x0b\n\x07INVALID\x10\x01\x12\r\n\tNOT_READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\"\xab\x01\n\nExpertSpec\x12\x0e\n\x06hidden\x18\x01 \x01(\r\x12\x14\n\x0cintermediate\x18\x02 \x01(\r\x12\r\n\x05gated\x18\x03 \x01(\x08\x12\x0c\n\x04\x62ias\x18\x04 \x01(\x08\x12\x12\n\nactivation\x18\x05 \x01(\t\x12\r\n\x05limit\x18\x06 \x01(\x01\x12\r\n\x05\x61lpha\x18\x07 \x01(\x01\x12(\n\x05\x64type\x18\x08 \x01(\x0e\x32\x19.expertmesh.host.v1.DType\"\x81\x01\n\x10\x43onfigureRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12-\n\x05specs\x18\x02 \x03(\x0b\x32\x1e.expertmesh.host.v1.ExpertSpec\x12\x13\n\x0blayer_specs\x18\x03 \x03(\r\x12\x15\n\rlayer_experts\x18\x04 \x03(\r\"\x1f\n\x0e\x43onfigureReply\x12\r\n\x05slots\x18\x01 \x03(\r\"H\n\x0cTensorSource\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\x05index\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_index\"j\n\x0cTensorRecipe\x12\x31\n\x07sources\x18\x01 \x03(\x0b\x32 .expertmesh.host.v1.TensorSource\x12\x11\n\ttranspose\x18\x02 \x01(\x08\x12\x14\n\x0c\x64\x65interleave\x18\x03 \x01(\x08\"\xed\x01\n\x0bLoadRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12.\n\x04w_in\x18\x03 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\x12/\n\x05w_out\x18\x04 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\x12.\n\x04\x62_in\x18\x05 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\x12/\n\x05\x62_out\x18\x06 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\">\n\tLoadReply\x12\x31\n\x06\x64igest\x18\x01 \x01(\x0b\x32!.expertmesh.host.v1.ReplicaDigest\"0\n\rReplicaDigest\x12\x0f\n\x07weights\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\x0c\"-\n\rVerifyRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\"@\n\x0bVerifyReply\x12\x31\n\x06\x64igest\x18\x01 \x01(\x0b\x32!.expertmesh.host.v1.ReplicaDigest\"\x9d\x02\n\x05\x46\x61ult\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.expertmesh.host.v1.Fault.Kind\x12\r\n\x05share\x18\x02 \x01(\x01\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xb5\x01\n\x04Kind\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x08\n\x04SLOW\x10\x01\x12\x10\n\x0c\x44ROP_REQUEST\x10\x02\x12\x0e\n\nDROP_REPLY\x10\x03\x12\x13\n\x0f\x44UPLICATE_REPLY\x10\x04\x12\x0b\n\x07\x43ORRUPT\x10\x05\x12\x0e\n\nNOT_FINITE\x10\x06\x12\r\n\tFAIL_LOAD\x10\x07\x12\x0b\n\x07SILENCE\x10\x08\x12\t\n\x05PAUSE\x10\t\x12\x08\n\x04KILL\x10\n\x12\r\n\tKILL_NODE\x10\x0b\"H\n\rInjectRequest\x12)\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x19.expertmesh.host.v1.Fault\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"7\n\x0bInjectReply\x12(\n\x05\x66ired\x18\x01 \x03(\x0b\x32\x19.expertmesh.host.v1.Fired\"D\n\x05\x46ired\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.expertmesh.host.v1.Fault.Kind\x12\r\n\x05times\x18\x02 \x01(\x04\"@\n\x0b\x44ropRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bnot_after_s\x18\x03 \x01(\x01\"\x0b\n\tDropReply\"\x13\n\x11StatisticsRequest\"8\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\"\xc9\x01\n\x0fStatisticsReply\x12\r\n\x05slots\x18\x01 \x03(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x30\n\x08replicas\x18\x03 \x03(\x0b\x32\x1e.expertmesh.host.v1.ExpertLoad\x12,\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1e.expertmesh.host.v1.LaunchSums\x12\x0f\n\x07streams\x18\x05 \x01(\r\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\x0c\n\x04\x61t_s\x18\x07 \x01(\x01\"\xbf\x01\n\nLaunchSums\x12\x10\n\x08launches\x18\x01 \x01(\x01\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\x01\x12\x0c\n\x04rows\x18\x03 \x01(\x01\x12\x0e\n\x06\x62usy_s\x18\x04 \x01(\x01\x12\x17\n\x0f\x65xperts_squared\x18\x05 \x01(\x01\x12\x14\n\x0c\x65xperts_rows\x18\x06 \x01(\x01\x12\x14\n\x0crows_squared\x18\x07 \x01(\x01\x12\x16\n\x0e\x65xperts_busy_s\x18\x08 \x01(\x01\x12\x13\n\x0brows_busy_s\x18\t \x01(\x01*F\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x32\xbb\x04\n\x04Host\x12V\n\x08\x45xchange\x12#.expertmesh.host.v1.ExchangeRequest\x1a!.expertmesh.host.v1.ExchangeReply(\x01\x30\x01\x12U\n\tConfigure\x12$.expertmesh.host.v1.ConfigureRequest\x1a\".expertmesh.host.v1.ConfigureReply\x12\x46\n\x04Load\x12\x1f.expertmesh.host.v1.LoadRequest\x1a\x1d.expertmesh.host.v1.LoadReply\x12\x46\n\x04\x44rop\x12\x1f.expertmesh.host.v1.DropRequest\x1a\x1d.expertmesh.host.v1.DropReply\x12X\n\nStatistics\x12%.expertmesh.host.v1.StatisticsRequest\x1a#.expertmesh.host.v1.StatisticsReply\x12L\n\x06Verify\x12!.expertmesh.host.v1.VerifyRequest\x1a\x1f.expertmesh.host.v1.VerifyReply\x12L\n\x06Inject\x12!.expertmesh.host.v1.InjectRequest\x1a\x1f.expertmesh.host.v1.InjectReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nhost.proto\x12\x12\x65xpertmesh.host.v1\"\xaa\x01\n\x0f\x45xchangeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12(\n\x05\x64type\x18\x03 \x01(\x0e\x32\x19.expertmesh.host.v1.DType\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x0c\n\x04rows\x18\x05 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x06 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x07 \x03(\r\x12\x11\n\tpair_rows\x18\x08 \x01(\x0c\"f\n\rExchangeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x19.expertmesh.host.v1.Error\x12\x11\n\tcompute_s\x18\x04 \x01(\x02\"\x87\x01\n\x05\x45rror\x12,\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1e.expertmesh.host.v1.Error.Code\x12\x0f\n\x07message\x18\x02 \x01(\t\"?\n\x04\x43ode\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x0b\n\x07INVALID\x10\x01\x12\r\n\tNOT_READY\x10\x02\x12\n\n\x06\x46\x41ILED\x10\x03\"\xab\x01\n\nExpertSpec\x12\x0e\n\x06hidden\x18\x01 \x01(\r\x12\x14\n\x0cintermediate\x18\x02 \x01(\r\x12\r\n\x05gated\x18\x03 \x01(\x08\x12\x0c\n\x04\x62ias\x18\x04 \x01(\x08\x12\x12\n\nactivation\x18\x05 \x01(\t\x12\r\n\x05limit\x18\x06 \x01(\x01\x12\r\n\x05\x61lpha\x18\x07 \x01(\x01\x12(\n\x05\x64type\x18\x08 \x01(\x0e\x32\x19.expertmesh.host.v1.DType\"\x81\x01\n\x10\x43onfigureRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12-\n\x05specs\x18\x02 \x03(\x0b\x32\x1e.expertmesh.host.v1.ExpertSpec\x12\x13\n\x0blayer_specs\x18\x03 \x03(\r\x12\x15\n\rlayer_experts\x18\x04 \x03(\r\"\x1f\n\x0e\x43onfigureReply\x12\r\n\x05slots\x18\x01 \x03(\r\"f\n\x0cTensorSource\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\x05index\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05parts\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06_indexB\x08\n\x06_parts\"j\n\x0cTensorRecipe\x12\x31\n\x07sources\x18\x01 \x03(\x0b\x32 .expertmesh.host.v1.TensorSource\x12\x11\n\ttranspose\x18\x02 \x01(\x08\x12\x14\n\x0c\x64\x65interleave\x18\x03 \x01(\x08\"\xed\x01\n\x0bLoadRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12.\n\x04w_in\x18\x03 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\x12/\n\x05w_out\x18\x04 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\x12.\n\x04\x62_in\x18\x05 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\x12/\n\x05\x62_out\x18\x06 \x01(\x0b\x32 .expertmesh.host.v1.TensorRecipe\">\n\tLoadReply\x12\x31\n\x06\x64igest\x18\x01 \x01(\x0b\x32!.expertmesh.host.v1.ReplicaDigest\"0\n\rReplicaDigest\x12\x0f\n\x07weights\x18\x01 \x01(\x0c\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\x0c\"-\n\rVerifyRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\"@\n\x0bVerifyReply\x12\x31\n\x06\x64igest\x18\x01 \x01(\x0b\x32!.expertmesh.host.v1.ReplicaDigest\"\x9d\x02\n\x05\x46\x61ult\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.expertmesh.host.v1.Fault.Kind\x12\r\n\x05share\x18\x02 \x01(\x01\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xb5\x01\n\x04Kind\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x08\n\x04SLOW\x10\x01\x12\x10\n\x0c\x44ROP_REQUEST\x10\x02\x12\x0e\n\nDROP_REPLY\x10\x03\x12\x13\n\x0f\x44UPLICATE_REPLY\x10\x04\x12\x0b\n\x07\x43ORRUPT\x10\x05\x12\x0e\n\nNOT_FINITE\x10\x06\x12\r\n\tFAIL_LOAD\x10\x07\x12\x0b\n\x07SILENCE\x10\x08\x12\t\n\x05PAUSE\x10\t\x12\x08\n\x04KILL\x10\n\x12\r\n\tKILL_NODE\x10\x0b\"H\n\rInjectRequest\x12)\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x19.expertmesh.host.v1.Fault\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"7\n\x0bInjectReply\x12(\n\x05\x66ired\x18\x01 \x03(\x0b\x32\x19.expertmesh.host.v1.Fired\"D\n\x05\x46ired\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.expertmesh.host.v1.Fault.Kind\x12\r\n\x05times\x18\x02 \x01(\x04\"@\n\x0b\x44ropRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bnot_after_s\x18\x03 \x01(\x01\"\x0b\n\tDropReply\"\x13\n\x11StatisticsRequest\"8\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x04\"\xc9\x01\n\x0fStatisticsReply\x12\r\n\x05slots\x18\x01 \x03(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x30\n\x08replicas\x18\x03 \x03(\x0b\x32\x1e.expertmesh.host.v1.ExpertLoad\x12,\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1e.expertmesh.host.v1.LaunchSums\x12\x0f\n\x07streams\x18\x05 \x01(\r\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\x0c\n\x04\x61t_s\x18\x07 \x01(\x01\"\xbf\x01\n\nLaunchSums\x12\x10\n\x08launches\x18\x01 \x01(\x01\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\x01\x12\x0c\n\x04rows\x18\x03 \x01(\x01\x12\x0e\n\x06\x62usy_s\x18\x04 \x01(\x01\x12\x17\n\x0f\x65xperts_squared\x18\x05 \x01(\x01\x12\x14\n\x0c\x65xperts_rows\x18\x06 \x01(\x01\x12\x14\n\x0crows_squared\x18\x07 \x01(\x01\x12\x16\n\x0e\x65xperts_busy_s\x18\x08 \x01(\x01\x12\x13\n\x0brows_busy_s\x18\t \x01(\x01*F\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x32\xbb\x04\n\x04Host\x12V\n\x08\x45xchange\x12#.expertmesh.host.v1.ExchangeRequest\x1a!.expertmesh.host.v1.ExchangeReply(\x01\x30\x01\x12U\n\tConfigure\x12$.expertmesh.host.v1.ConfigureRequest\x1a\".expertmesh.host.v1.ConfigureReply\x12\x46\n\x04Load\x12\x1f.expertmesh.host.v1.LoadRequest\x1a\x1d.expertmesh.host.v1.LoadReply\x12\x46\n\x04\x44rop\x12\x1f.expertmesh.host.v1.DropRequest\x1a\x1d.expertmesh.host.v1.DropReply\x12X\n\nStatistics\x12%.expertmesh.host.v1.StatisticsRequest\x1a#.expertmesh.host.v1.StatisticsReply\x12L\n\x06Verify\x12!.expertmesh.host.v1.VerifyRequest\x1a\x1f.expertmesh.host.v1.VerifyReply\x12L\n\x06Inject\x12!.expertmesh.host.v1.InjectRequest\x1a\x1f.expertmesh.host.v1.InjectReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'host_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=2482
-  _globals['_DTYPE']._serialized_end=2552
+  _globals['_DTYPE']._serialized_start=2512
+  _globals['_DTYPE']._serialized_end=2582
   _globals['_EXCHANGEREQUEST']._serialized_start=35
   _globals['_EXCHANGEREQUEST']._serialized_end=205
   _globals['_EXCHANGEREPLY']._serialized_start=207
@@ -48,41 +48,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONFIGUREREPLY']._serialized_start=755
   _globals['_CONFIGUREREPLY']._serialized_end=786
   _globals['_TENSORSOURCE']._serialized_start=788
-  _globals['_TENSORSOURCE']._serialized_end=860
-  _globals['_TENSORRECIPE']._serialized_start=862
-  _globals['_TENSORRECIPE']._serialized_end=968
-  _globals['_LOADREQUEST']._serialized_start=971
-  _globals['_LOADREQUEST']._serialized_end=1208
-  _globals['_LOADREPLY']._serialized_start=1210
-  _globals['_LOADREPLY']._serialized_end=1272
-  _globals['_REPLICADIGEST']._serialized_start=1274
-  _globals['_REPLICADIGEST']._serialized_end=1322
-  _globals['_VERIFYREQUEST']._serialized_start=1324
-  _globals['_VERIFYREQUEST']._serialized_end=1369
-  _globals['_VERIFYREPLY']._serialized_start=1371
-  _globals['_VERIFYREPLY']._serialized_end=1435
-  _globals['_FAULT']._serialized_start=1438
-  _globals['_FAULT']._serialized_end=1723
-  _globals['_FAULT_KIND']._serialized_start=1542
-  _globals['_FAULT_KIND']._serialized_end=1723
-  _globals['_INJECTREQUEST']._serialized_start=1725
-  _globals['_INJECTREQUEST']._serialized_end=1797
-  _globals['_INJECTREPLY']._serialized_start=1799
-  _globals['_INJECTREPLY']._serialized_end=1854
-  _globals['_FIRED']._serialized_start=1856
-  _globals['_FIRED']._serialized_end=1924
-  _globals['_DROPREQUEST']._serialized_start=1926
-  _globals['_DROPREQUEST']._serialized_end=1990
-  _globals['_DROPREPLY']._serialized_start=1992
-  _globals['_DROPREPLY']._serialized_end=2003
-  _globals['_STATISTICSREQUEST']._serialized_start=2005
-  _globals['_STATISTICSREQUEST']._serialized_end=2024
-  _globals['_EXPERTLOAD']._serialized_start=2026
-  _globals['_EXPERTLOAD']._serialized_end=2082
-  _globals['_STATISTICSREPLY']._serialized_start=2085
-  _globals['_STATISTICSREPLY']._serialized_end=2286
-  _globals['_LAUNCHSUMS']._serialized_start=2289
-  _globals['_LAUNCHSUMS']._serialized_end=2480
-  _globals['_HOST']._serialized_start=2555
-  _globals['_HOST']._serialized_end=3126
+  _globals['_TENSORSOURCE']._serialized_end=890
+  _globals['_TENSORRECIPE']._serialized_start=892
+  _globals['_TENSORRECIPE']._serialized_end=998
+  _globals['_LOADREQUEST']._serialized_start=1001
+  _globals['_LOADREQUEST']._serialized_end=1238
+  _globals['_LOADREPLY']._serialized_start=1240
+  _globals['_LOADREPLY']._serialized_end=1302
+  _globals['_REPLICADIGEST']._serialized_start=1304
+  _globals['_REPLICADIGEST']._serialized_end=1352
+  _globals['_VERIFYREQUEST']._serialized_start=1354
+  _globals['_VERIFYREQUEST']._serialized_end=1399
+  _globals['_VERIFYREPLY']._serialized_start=1401
+  _globals['_VERIFYREPLY']._serialized_end=1465
+  _globals['_FAULT']._serialized_start=1468
+  _globals['_FAULT']._serialized_end=1753
+  _globals['_FAULT_KIND']._serialized_start=1572
+  _globals['_FAULT_KIND']._serialized_end=1753
+  _globals['_INJECTREQUEST']._serialized_start=1755
+  _globals['_INJECTREQUEST']._serialized_end=1827
+  _globals['_INJECTREPLY']._serialized_start=1829
+  _globals['_INJECTREPLY']._serialized_end=1884
+  _globals['_FIRED']._serialized_start=1886
+  _globals['_FIRED']._serialized_end=1954
+  _globals['_DROPREQUEST']._serialized_start=1956
+  _globals['_DROPREQUEST']._serialized_end=2020
+  _globals['_DROPREPLY']._serialized_start=2022
+  _globals['_DROPREPLY']._serialized_end=2033
+  _globals['_STATISTICSREQUEST']._serialized_start=2035
+  _globals['_STATISTICSREQUEST']._serialized_end=2054
+  _globals['_EXPERTLOAD']._serialized_start=2056
+  _globals['_EXPERTLOAD']._serialized_end=2112
+  _globals['_STATISTICSREPLY']._serialized_start=2115
+  _globals['_STATISTICSREPLY']._serialized_end=2316
+  _globals['_LAUNCHSUMS']._serialized_start=2319
+  _globals['_LAUNCHSUMS']._serialized_end=2510
+  _globals['_HOST']._serialized_start=2585
+  _globals['_HOST']._serialized_end=3156
 # @@protoc_insertion_point(module_scope)

@@ -106,14 +106,16 @@ class ConfigureReply(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorSource(_message.Message):
-    __slots__ = ("file", "name", "index")
+    __slots__ = ("file", "name", "index", "parts")
     FILE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     file: str
     name: str
     index: int
-    def __init__(self, file: _Optional[str] = ..., name: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
+    parts: int
+    def __init__(self, file: _Optional[str] = ..., name: _Optional[str] = ..., index: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
 
 class TensorRecipe(_message.Message):
     __slots__ = ("sources", "transpose", "deinterleave")

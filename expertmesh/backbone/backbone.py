@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertmesh.backbone.experts import IMPLEMENTATION, empty_experts
-from expertmesh.checkpoint.architecture import blame_checkpoint, find_experts, read_architecture, require_experts
+from expertmesh.checkpoint.architecture import blame_checkpoint, read_architecture, require_experts
 from expertmesh.errors import CheckpointError
+from expertmesh.families import DECORATED, find_experts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,11 +37,8 @@ class Backbone:
     """The `PreTrainedModel`. Its forward and generate work once the layers are connected."""
     moe_modules: tuple[Any, ...]
     """The emptied experts modules; the n-th is MoE layer n of the checkpoint's index."""
-
-    @property
-    def num_experts(self) -> tuple[int, ...]:
-        """Per MoE layer."""
-        return tuple(module.num_experts for module in self.moe_modules)
+    num_experts: tuple[int, ...]
+    """Per MoE layer."""
 
     def connect(self, layers: Sequence[MoeLayerFn]) -> None:
         """Let each MoE layer call its entry of `layers`. May be called again, to connect elsewhere."""
@@ -81,7 +79,7 @@ def load_backbone(
     del model._keys_to_ignore_on_load_unexpected
     _check_loaded(path, model, info)
     model.requires_grad_(False)
-    return Backbone(model=model, moe_modules=tuple(find_experts(model).values()))
+    return _backbone(model)
 
 
 def attach_model(model: Any) -> Backbone:
@@ -90,18 +88,33 @@ def attach_model(model: Any) -> Backbone:
     The model is changed in place. Raises CheckpointError if its architecture has no experts interface.
     """
     experts = require_experts(model)
-    model.set_experts_implementation(IMPLEMENTATION)
-    for module in experts.values():
-        assert module.config._experts_implementation == IMPLEMENTATION, "the model kept another implementation"
-        empty_experts(module)
+    if any(family is DECORATED for _, family in experts.values()):
+        model.set_experts_implementation(IMPLEMENTATION)
+    for module, family in experts.values():
+        is_ours = family is not DECORATED or module.config._experts_implementation == IMPLEMENTATION
+        assert is_ours, "the model kept another implementation"
+        empty_experts(module, family)
     model.eval().requires_grad_(False)
-    return Backbone(model=model, moe_modules=tuple(experts.values()))
+    return _backbone(model)
 
 
 def count_expert_parameters(model: torch.nn.Module) -> int:
-    """How many numbers the experts modules themselves hold: 0 for every backbone."""
+    """How many numbers the experts have in the model: 0 for every backbone."""
+    own = dict(model.named_parameters())
     return sum(
-        parameter.numel() for module in find_experts(model).values() for parameter in module.parameters(recurse=False)
+        own[f"{name}.{parameter}"].numel()
+        for name, (module, family) in find_experts(model).items()
+        for parameter in family.layout(module).parameter_names
+        if f"{name}.{parameter}" in own
+    )
+
+
+def _backbone(model: Any) -> Backbone:
+    experts = find_experts(model).values()
+    return Backbone(
+        model=model,
+        moe_modules=tuple(module for module, _ in experts),
+        num_experts=tuple(family.layout(module).num_experts for module, family in experts),
     )
 
 
@@ -115,12 +128,16 @@ def _without_experts(model_class: type[Any]) -> type[Any]:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        gone = {
-            f"{name}.{parameter}"
-            for name, module in require_experts(self).items()
-            for parameter in empty_experts(module)
+        layouts = {
+            name: empty_experts(module, family) for name, (module, family) in require_experts(self).items()
         }
-        ignored = {*(model_class._keys_to_ignore_on_load_unexpected or ()), *(f"^{re.escape(key)}$" for key in gone)}
+        gone = {f"{name}.{parameter}" for name, layout in layouts.items() for parameter in layout.parameter_names}
+        patterns = {
+            rf"^{re.escape(name)}\.{parameter.pattern}$"
+            for name, layout in layouts.items()
+            for parameter in layout.parameters
+        }
+        ignored = {*(model_class._keys_to_ignore_on_load_unexpected or ()), *patterns}
         self._keys_to_ignore_on_load_unexpected = ignored
         self.all_tied_weights_keys = {
             one: other for one, other in self.all_tied_weights_keys.items() if not gone & {one, other}

@@ -1,4 +1,4 @@
-"""What stands where a layer's experts stood: transformers' experts interface, leading to a callable.
+"""What stands where a layer's experts stood: a forward that leads to a callable, by transformers' interface or in its place.
 
 Knows nothing of where the experts are. Invariant: an experts module that was emptied holds no parameters of its own.
 
@@ -7,19 +7,23 @@ Shapes: T tokens, K experts per token, H hidden, P (token, expert) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+import types
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from expertmesh.families import family_of
+from expertmesh.families.family import MoeLayerFn, rows_alone
 from expertmesh.moe.layer import combine
+
+if TYPE_CHECKING:
+    from expertmesh.families import Family, Layout
+
+__all__ = ["IMPLEMENTATION", "MoeLayerFn", "empty_experts"]
 
 IMPLEMENTATION = "expertmesh"
 """Our name among transformers' experts implementations."""
-
-MoeLayerFn: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x_TH, expert index_TK, gate weights_TK) -> y_TH, the weighted sum over K in the gate's order, in x's dtype."""
 
 
 def mesh_experts(
@@ -31,12 +35,9 @@ def mesh_experts(
         top_k_index, top_k_weights = module.mesh_gate(top_k_index, top_k_weights)
     if not module.has_post_expert_norm:
         return layer(hidden_states, top_k_index, top_k_weights)
-    # The norm, which stays here, comes between an expert and its weight. So each (token, expert) pair is asked for as
-    # a token of its own with weight 1, and the weighted sum is made here.
-    alone_P1 = top_k_index.reshape(-1, 1)
-    ones_P1 = torch.ones_like(alone_P1, dtype=torch.float32)
-    rows_PH = layer(hidden_states.repeat_interleave(top_k_index.shape[1], dim=0), alone_P1, ones_P1)
-    return combine(module.post_expert_norm(rows_PH).unflatten(0, top_k_index.shape), top_k_weights)
+    # The norm, which stays here, comes between an expert and its weight. So the weighted sum is made here.
+    x_TKH = hidden_states.unsqueeze(1).expand(-1, top_k_index.shape[1], -1)
+    return combine(module.post_expert_norm(rows_alone(layer, x_TKH, top_k_index)), top_k_weights)
 
 
 def not_connected(x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -44,18 +45,30 @@ def not_connected(x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.
     raise RuntimeError("this model's experts are elsewhere and not connected: call Backbone.connect(layers) first")
 
 
-def empty_experts(module: Any) -> list[str]:
-    """Take an experts module's own parameters out (those of a norm inside it stay) and return their names.
+def empty_experts(module: Any, family: Family) -> Layout:
+    """Take the experts' parameters out of a module (all that is no expert stays), and let its forward call a layer.
 
     A tensor of no experts stays in each one's place, as a plain attribute: some models' initialisation reaches for it.
     """
-    parameters = dict(module.named_parameters(recurse=False))
-    for name, parameter in parameters.items():
-        delattr(module, name)
-        setattr(module, name, torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device="cpu"))
+    layout = family.layout(module)
+    for name in layout.parameter_names:
+        parent, _, own_name = name.rpartition(".")
+        owner, parameter = module.get_submodule(parent), module.get_parameter(name)
+        delattr(owner, own_name)
+        setattr(owner, own_name, torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device="cpu"))
     module.mesh_layer = not_connected
     module.mesh_gate = None  # see gating.py
-    return list(parameters)
+    if family.forward is not None:
+        module.forward = types.MethodType(_forward, module)
+    return layout
+
+
+def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that is outside of transformers' interface."""
+    family = family_of(module)
+    assert family is not None
+    assert family.forward is not None
+    return family.forward(module, module.mesh_layer, *args, **kwargs)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, mesh_experts)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertmesh.errors import ConfigError
+from expertmesh.families.decorated import is_decorated
 from expertmesh.gates.choices import NO_EXPERT, Choices
 from expertmesh.gates.route import GateInput, route
 
@@ -181,6 +182,8 @@ def _find(backbone: Backbone) -> tuple[tuple[_LayerGate, ...], str | None]:
     parents = {id(child): module for module in backbone.model.modules() for child in module.children()}
     layers = []
     for number, experts in enumerate(backbone.moe_modules):
+        if not is_decorated(experts):
+            return (), f"MoE layer {number} of this model does not use transformers' experts interface"
         block = parents[id(experts)]
         gate = next((child for name in _NAMES if (child := getattr(block, name, None)) is not None), None)
         if not isinstance(gate, torch.nn.Module):

@@ -1,7 +1,7 @@
 """A checkpoint's architecture as transformers knows it: the model class, its skeleton, and the experts modules in it.
 
 Needs transformers. A skeleton is the whole model on torch's meta device: every name and shape, no memory. The one
-thing that an architecture must have is transformers' experts interface (`@use_experts_implementation`).
+thing that an architecture must have is experts of a family that `expertmesh.families` knows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from expertmesh.checkpoint.source import stored_tensors
 from expertmesh.errors import CheckpointError, ConfigError, ExpertMeshError
+from expertmesh.families import find_experts
 from expertmesh.ids import MAX_EXPERTS, MAX_LAYERS
 from expertmesh.kernels.spec import DTYPES
 
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    from expertmesh.families import Family
+
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +47,7 @@ class Architecture:
     def build_skeleton(self) -> Any:
         """The model on the meta device.
 
-        Raises CheckpointError if the config or a missing package prevents it, or if no layer has the experts interface.
+        Raises CheckpointError if the config or a missing package prevents it, or if no layer has experts that we know.
         """
         with blame_checkpoint(f"construct {self.model_class.__name__} from its config"), torch.device("meta"):
             skeleton = self.model_class._from_config(copy.deepcopy(self.config))
@@ -95,18 +103,13 @@ def _stored_dtype(path: Path) -> str:
     return next((names[tensor.dtype] for tensor in stored_tensors(path).values() if tensor.dtype in names), "no float")
 
 
-def find_experts(model: torch.nn.Module) -> dict[str, Any]:
-    """The experts modules by name. Their order is that of the MoE layers: the n-th is layer n."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
-
-
-def require_experts(model: Any) -> dict[str, Any]:
+def require_experts(model: Any) -> dict[str, tuple[Any, Family]]:
     """`find_experts`, raising CheckpointError if there are none."""
     experts = find_experts(model)
     if not experts:
         raise CheckpointError(
             f"architecture {model.config.model_type!r} has no experts that can be served elsewhere: none of its layers "
-            "uses transformers' experts interface (@use_experts_implementation)"
+            "uses transformers' experts interface (@use_experts_implementation) or is of a family that expertmesh knows"
         )
     return experts
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from transformers import core_model_loading as ops
 
-from expertmesh.checkpoint.recipe import TensorRecipe, TensorSource
+from expertmesh.checkpoint.recipe import TensorRecipe, TensorSource, shape_of_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def convert(
     for operation in rest:
         match operation:
             case ops.Concatenate(dim=1):
-                stacks = {target_patterns[0]: _concatenate(list(stacks.values()))}
+                stacks = {target_patterns[0]: join(list(stacks.values()))}
             case ops.Interleave(dim=1, inverse=False):
                 stacks = {pattern: deinterleave(stack) for pattern, stack in stacks.items()}
             case ops.Transpose(dim0=1, dim1=2) if operation is first or not operation.check_dims:
@@ -77,6 +77,17 @@ def slice_stacked(tensor: Named) -> Stack:
     return tuple(
         TensorRecipe(sources=(TensorSource(file=stored.file, name=name, index=index),))
         for index in range(stored.shape[0])
+    )
+
+
+def slice_flat(tensor: Named, num_experts: int) -> Stack:
+    """The experts of one stored tensor [E * n, ...]."""
+    name, stored = tensor
+    if not stored.shape or stored.shape[0] % num_experts:
+        raise UnsupportedConversionError(f"as {name}, a tensor of shape {list(stored.shape)}, {num_experts} of them")
+    return tuple(
+        TensorRecipe(sources=(TensorSource(file=stored.file, name=name, index=index, parts=num_experts),))
+        for index in range(num_experts)
     )
 
 
@@ -101,8 +112,10 @@ def deinterleave(stack: Stack) -> Stack:
     return tuple(replace(recipe, deinterleave=True) for recipe in stack)
 
 
-def _concatenate(stacks: Sequence[Stack]) -> Stack:
+def join(stacks: Sequence[Stack]) -> Stack:
     """Join the rows of each expert."""
+    if len(stacks) == 1:
+        return stacks[0]
     recipes = [recipe for stack in stacks for recipe in stack]
     if any(recipe.deinterleave or recipe.transpose != recipes[0].transpose for recipe in recipes):
         raise UnsupportedConversionError("joined after its parts were reordered")
@@ -120,13 +133,13 @@ def _fuse_and_split(lists: Mapping[str, Sequence[Named]], target_patterns: Seque
         for tensors in lists.values():
             size = math.ceil(len(tensors) / len(target_patterns))
             parts.append(stack_singles(tensors[number * size : (number + 1) * size]))
-        fused[target] = _concatenate(parts)
+        fused[target] = join(parts)
     return fused
 
 
 def shape_of(recipe: TensorRecipe, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
     """The shape of the tensor that a recipe makes; () if its parts do not fit together."""
-    shapes = [stored[source.name].shape[source.index is not None :] for source in recipe.sources]
+    shapes = [shape_of_part(source, stored[source.name].shape) for source in recipe.sources]
     if recipe.transpose:
         shapes = [shape[::-1] for shape in shapes]
     if len({shape[1:] for shape in shapes}) != 1:

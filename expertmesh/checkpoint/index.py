@@ -10,22 +10,25 @@ import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from expertmesh.checkpoint.architecture import find_experts, read_architecture
+from expertmesh.checkpoint.architecture import read_architecture
 from expertmesh.checkpoint.conversion import (
     UnsupportedConversionError,
     convert,
     deinterleave,
+    join,
     shape_of,
+    slice_flat,
     slice_stacked,
+    stack_singles,
     transpose,
 )
 from expertmesh.checkpoint.recipe import CheckpointIndex, ExpertRecipe
 from expertmesh.checkpoint.source import stored_tensors
 from expertmesh.errors import CheckpointError
+from expertmesh.families import find_experts
 from expertmesh.ids import ExpertId
 from expertmesh.kernels.activation import ACTIVATIONS, POINTWISE, match_activation
 from expertmesh.kernels.spec import Activation, ExpertSpec
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
     from expertmesh.checkpoint.conversion import Named, Stack
     from expertmesh.checkpoint.source import StoredTensor
+    from expertmesh.families import Layout, Parameter
 
 _CONSTANTS = ("limit", "alpha", "softcap")
 
@@ -51,28 +55,30 @@ def index_checkpoint(path: Path, dtype: str | None = None, auto_class: str | Non
     skeleton = architecture.build_skeleton()
     stored = stored_tensors(path)
     experts = find_experts(skeleton)
-    specs = tuple(_spec(module, architecture.dtype) for module in experts.values())
+    layouts = {name: family.layout(module) for name, (module, family) in experts.items()}
+    specs = tuple(_spec(module, layouts[name], architecture.dtype) for name, (module, _) in experts.items())
     recipes: dict[ExpertId, ExpertRecipe] = {}
     try:
-        stacks = _follow(skeleton, experts, stored)
-        for layer, (name, module) in enumerate(experts.items()):
-            for index, recipe in enumerate(_layer_recipes(name, module, stacks)):
+        stacks = _follow(skeleton, layouts, stored)
+        for layer, (name, layout) in enumerate(layouts.items()):
+            for index, recipe in enumerate(_layer_recipes(name, layout, stacks)):
                 _check_shapes(f"{name}, expert {index}", recipe, specs[layer], stored)
                 recipes[ExpertId(layer, index)] = recipe
     except UnsupportedConversionError as error:
         raise CheckpointError(
             f"architecture {skeleton.config.model_type!r} stores its experts in a way that is not supported: {error}"
         ) from error
-    counts = tuple(module.num_experts for module in experts.values())
+    counts = tuple(layout.num_experts for layout in layouts.values())
     return CheckpointIndex(root=str(path), specs=specs, num_experts=counts, recipes=recipes)
 
 
-def _follow(skeleton: Any, experts: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, Stack]:
+def _follow(skeleton: Any, layouts: Mapping[str, Layout], stored: Mapping[str, StoredTensor]) -> dict[str, Stack]:
     """Every experts parameter of the model, by its full name, as recipes in the model's own layout."""
     wanted = {
-        f"{name}.{parameter}": tuple(tensor.shape)
-        for name, module in experts.items()
-        for parameter, tensor in module.named_parameters(recurse=False)
+        f"{name}.{own_name}": (parameter, layout.num_experts)
+        for name, layout in layouts.items()
+        for parameter in layout.parameters
+        for own_name in parameter.names(layout.num_experts)
     }
     mapping = get_model_conversion_mapping(skeleton)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -89,7 +95,7 @@ def _follow(skeleton: Any, experts: Mapping[str, Any], stored: Mapping[str, Stor
         if target not in wanted:
             continue
         if pattern is None:
-            stacks[target] = slice_stacked((key, stored[key]))
+            stacks[target] = _slice((key, stored[key]), *wanted[target])
         else:
             collected[target][pattern].append((key, stored[key]))
     for target, lists in collected.items():
@@ -98,7 +104,7 @@ def _follow(skeleton: Any, experts: Mapping[str, Any], stored: Mapping[str, Stor
         if len(set(found.values())) > 1:
             raise CheckpointError(f"{target} is incomplete: its stored tensors are {found}")
         targets = converter.target_patterns
-        made = convert(converter.operations, lists, converter.source_patterns, targets, wanted[target])
+        made = convert(converter.operations, lists, converter.source_patterns, targets, tuple(parameters[target].shape))
         stacks.update({target.replace(targets[0], pattern): stack for pattern, stack in made.items()})
     for one, other in skeleton.all_tied_weights_keys.items():  # a checkpoint stores either
         for absent, present in ((one, other), (other, one)):
@@ -107,23 +113,37 @@ def _follow(skeleton: Any, experts: Mapping[str, Any], stored: Mapping[str, Stor
     return stacks
 
 
-def _layer_recipes(name: str, module: Any, stacks: Mapping[str, Stack]) -> list[ExpertRecipe]:
+def _slice(tensor: Named, parameter: Parameter, num_experts: int) -> Stack:
+    """The experts of a tensor that is stored as the model has it."""
+    match parameter.kept:
+        case "stacked":
+            return slice_stacked(tensor)
+        case "flat":
+            return slice_flat(tensor, num_experts)
+        case "each":
+            return stack_singles([tensor])
+
+
+def _layer_recipes(name: str, layout: Layout, stacks: Mapping[str, Stack]) -> list[ExpertRecipe]:
     """One layer's experts, from the module's own layout to the slot's."""
-    into = "gate_up_proj" if module.has_gate else "up_proj"
-    interleaved = module.has_gate and not module.is_concatenated
+    num_experts = layout.num_experts
 
-    def take(parameter: str) -> Stack:
-        stack = stacks.get(f"{name}.{parameter}", ())
-        if len(stack) != module.num_experts:
-            raise CheckpointError(f"{name}.{parameter} has {module.num_experts} experts, but {len(stack)} are stored")
-        if module.is_transposed and not parameter.endswith("bias"):
+    def take(parameter: Parameter) -> Stack:
+        names = [f"{name}.{of}" for of in parameter.names(num_experts)]
+        stack = tuple(recipe for of in names for recipe in stacks.get(of, ()))
+        if len(stack) == num_experts + parameter.num_spare:
+            stack = stack[:num_experts]
+        if len(stack) != num_experts:
+            what = f"{name}.{parameter.name}"
+            raise CheckpointError(f"{what} has {num_experts} experts, but {len(stack)} are stored")
+        if parameter.transposed:
             stack = transpose(stack)
-        return deinterleave(stack) if interleaved and parameter.startswith(into) else stack
+        return deinterleave(stack) if parameter.interleaved else stack
 
-    w_in, w_out = take(into), take("down_proj")
-    if not module.has_bias:
+    w_in, w_out = join([take(parameter) for parameter in layout.w_in]), take(layout.w_out)
+    if layout.b_in is None or layout.b_out is None:
         return [ExpertRecipe(w_in=a, w_out=b) for a, b in zip(w_in, w_out, strict=True)]
-    biases = zip(take(f"{into}_bias"), take("down_proj_bias"), strict=True)
+    biases = zip(take(layout.b_in), take(layout.b_out), strict=True)
     return [ExpertRecipe(w_in=a, w_out=b, b_in=c, b_out=d) for a, b, (c, d) in zip(w_in, w_out, biases, strict=True)]
 
 
@@ -140,35 +160,20 @@ def _check_shapes(what: str, recipe: ExpertRecipe, spec: ExpertSpec, stored: Map
             raise CheckpointError(f"{what}: stored as {names}, but the config expects {list(shape)} per expert")
 
 
-def _spec(module: Any, dtype: str) -> ExpertSpec:
-    rows, columns = module.down_proj.shape[1:]
-    hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
+def _spec(module: Any, layout: Layout, dtype: str) -> ExpertSpec:
     return ExpertSpec(
-        hidden=hidden,
-        intermediate=intermediate,
-        gated=module.has_gate,
-        bias=module.has_bias,
-        activation=_activation(module),
+        hidden=layout.hidden,
+        intermediate=layout.intermediate,
+        gated=layout.gated,
+        bias=layout.b_in is not None,
+        activation=match_activation(layout.activate, gated=layout.gated, candidates=_guess_activations(module)),
         dtype=dtype,
     )
 
 
-def _activation(module: Any) -> Activation:
-    """The activation that behaves as the module's own does."""
-
-    def apply(h_RI: torch.Tensor) -> torch.Tensor:
-        if not module.has_gate:
-            return module.act_fn(h_RI)  # type: ignore[no-any-return]
-        if not module.is_concatenated:
-            h_RI = torch.stack(h_RI.chunk(2, dim=-1), dim=-1).flatten(-2)
-        return module._apply_gate(h_RI)  # type: ignore[no-any-return]
-
-    return match_activation(apply, gated=module.has_gate, candidates=_guess_activations(module))
-
-
 def _guess_activations(module: Any) -> list[Activation]:
     """Every activation with constants, with each of the numbers by which the module or its config may mean them."""
-    settings = {**vars(module.config), **vars(module)}
+    settings = {**vars(getattr(module, "config", module)), **vars(module)}
     numbers = {
         float(value)
         for name, value in settings.items()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from expertmesh.checkpoint.recipe import shape_of_part
 from expertmesh.errors import CheckpointError, one_line
 from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
 
@@ -89,9 +90,7 @@ class ExpertReader:
     def _shape(self, source: TensorSource) -> tuple[int, ...]:
         with self._blamed(source):
             shape = tuple(self._open(source.file).get_slice(source.name).get_shape())
-            if source.index is not None and not (shape and source.index < shape[0]):
-                raise IndexError(f"its shape is {list(shape)}")
-        return shape if source.index is None else shape[1:]
+            return shape_of_part(source, shape)
 
     @contextmanager
     def _blamed(self, source: TensorSource) -> Iterator[None]:
@@ -103,9 +102,14 @@ class ExpertReader:
     def _load(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         with self._blamed(source):
             file = self._open(source.file)
-            tensor: torch.Tensor = (
-                file.get_tensor(source.name) if source.index is None else file.get_slice(source.name)[source.index]
-            )
+            tensor: torch.Tensor
+            if source.index is None:
+                tensor = file.get_tensor(source.name)
+            elif source.parts is None:
+                tensor = file.get_slice(source.name)[source.index]
+            else:
+                num_rows = self._shape(source)[0]
+                tensor = file.get_slice(source.name)[source.index * num_rows : (source.index + 1) * num_rows]
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{self._name(source)} is stored as {tensor.dtype}: quantized experts have no recipe")
         cast = tensor.to(dtype)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSource:
-    """One stored tensor, or one expert's slice of a stacked one."""
+    """One stored tensor, or one expert's part of one that holds all experts'."""
 
     file: str
     """Relative to the checkpoint folder."""
@@ -26,6 +26,18 @@ class TensorSource:
     """The tensor's key in the safetensors file."""
     index: int | None = None
     """Take `tensor[index]` along dimension 0; None takes the whole tensor."""
+    parts: int | None = None
+    """With an index: take instead the index-th of so many equal runs of rows."""
+
+
+def shape_of_part(source: TensorSource, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a source takes of a stored tensor of this shape. Raises IndexError if it has no such part."""
+    if source.index is None:
+        return shape
+    num_parts = source.parts if source.parts is not None else shape[0] if shape else 0
+    if not (shape and source.index < num_parts and shape[0] % num_parts == 0):
+        raise IndexError(f"its shape is {list(shape)}")
+    return shape[1:] if source.parts is None else (shape[0] // num_parts, *shape[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from expertmesh.checkpoint.architecture import blame_checkpoint, find_experts, read_architecture
+from expertmesh.checkpoint.architecture import blame_checkpoint, read_architecture
 from expertmesh.errors import CheckpointError, ConfigError
+from expertmesh.families import find_experts
 from expertmesh.gates.choices import NO_EXPERT, Choices
 from expertmesh.serve.text import load_codec
 
@@ -52,14 +53,11 @@ class Reader:
         self._model = model
         self._codec = codec
         self._experts = tuple(find_experts(model).values())
+        self.num_experts = tuple(family.layout(module).num_experts for module, family in self._experts)
+        """Per MoE layer."""
         self._prefix = _prefix(codec)
         trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
         self._window = max(1, min(WINDOW, trained_for) - len(self._prefix))
-
-    @property
-    def num_experts(self) -> tuple[int, ...]:
-        """Per MoE layer."""
-        return tuple(module.num_experts for module in self._experts)
 
     @property
     def codec(self) -> TextCodec:
@@ -114,17 +112,20 @@ class Reader:
 
     @contextlib.contextmanager
     def _noting(self, noted: dict[int, Choices]) -> Iterator[None]:
-        def note(layer: int, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        def note(layer: int, choices: Choices) -> None:
             # A choice that weighs nothing leads nowhere: so do models write that a token skips its expert.
-            weights_TK = weights_TK.float().cpu()
-            noted[layer] = Choices(
-                index_TK=index_TK.cpu().long().masked_fill(weights_TK == 0, NO_EXPERT), weights_TK=weights_TK
-            )
+            weights_TK = choices.weights_TK.float().cpu()
+            index_TK = choices.index_TK.cpu().long().masked_fill(weights_TK == 0, NO_EXPERT)
+            noted[layer] = Choices(index_TK=index_TK, weights_TK=weights_TK)
 
         with contextlib.ExitStack() as hooks:
-            for layer, module in enumerate(self._experts):
-                # Called as experts(x_TH, index_TK, weights_TK) by every architecture.
-                hook = module.register_forward_pre_hook(lambda _, args, layer=layer: note(layer, args[1], args[2]))
+            for layer, (module, family) in enumerate(self._experts):
+                hook = module.register_forward_pre_hook(
+                    lambda module, args, kwargs, layer=layer, choose=family.choose: note(
+                        layer, choose(module, *args, **kwargs)
+                    ),
+                    with_kwargs=True,
+                )
                 hooks.callback(hook.remove)
             yield
 

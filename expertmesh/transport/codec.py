@@ -310,15 +310,25 @@ def decode_fired(message: pb.InjectReply) -> dict[str, int]:
 
 
 def _encode_tensor(recipe: TensorRecipe) -> pb.TensorRecipe:
-    sources = [pb.TensorSource(file=source.file, name=source.name, index=source.index) for source in recipe.sources]
+    sources = [
+        pb.TensorSource(file=source.file, name=source.name, index=source.index, parts=source.parts)
+        for source in recipe.sources
+    ]
     return pb.TensorRecipe(sources=sources, transpose=recipe.transpose, deinterleave=recipe.deinterleave)
 
 
 def _decode_tensor(message: pb.TensorRecipe) -> TensorRecipe:
     sources = tuple(
-        TensorSource(file=source.file, name=source.name, index=source.index if source.HasField("index") else None)
+        TensorSource(
+            file=source.file,
+            name=source.name,
+            index=source.index if source.HasField("index") else None,
+            parts=source.parts if source.HasField("parts") else None,
+        )
         for source in message.sources
     )
     if not sources or not all(is_within(source.file) for source in sources):
         raise ProtocolError("recipe: every tensor needs a source, in a file inside the checkpoint folder")
+    if any(source.parts == 0 for source in sources):
+        raise ProtocolError("recipe: a tensor has no parts")
     return TensorRecipe(sources=sources, transpose=message.transpose, deinterleave=message.deinterleave)

@@ -1,6 +1,7 @@
-"""Every architecture that has transformers' experts interface, and a tiny random checkpoint of each.
+"""Every architecture whose experts are served, and a tiny random checkpoint of each.
 
-The list is read from transformers' own sources, so that an architecture new to a release cannot be forgotten.
+Those that have transformers' experts interface are read from its own sources, so that an architecture new to a release
+cannot be forgotten; the others are those that expertmesh.families has a word for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from expertmesh.families import PLAIN
 from tests.architectures.configs import tiny_config
 
 _MODEL_TYPES = {
@@ -20,6 +22,16 @@ _MODEL_TYPES = {
     "qwen3_omni_moe": "qwen3_omni_moe_thinker",
 }
 """Where the model to test is not the one named like its folder."""
+
+_PLAIN = {
+    "DbrxExperts": "dbrx",
+    "JetMoeMoE": "jetmoe",
+    "Llama4TextMoe": "llama4_text",
+    "LongcatFlashExperts": "longcat_flash",
+    "NllbMoeSparseMLP": "nllb-moe",
+    "Step3p7Experts": "step3p7",
+    "SwitchTransformersExperts": "switch_transformers",
+}
 
 _AUTO_CLASSES = {"openai_privacy_filter": "AutoModelForTokenClassification"}
 
@@ -43,7 +55,7 @@ class Architecture:
 
 
 def find_architectures() -> list[Architecture]:
-    """One for each class in transformers that is decorated with `@use_experts_implementation`."""
+    """One for each class in transformers that is decorated with `@use_experts_implementation`, or of another family."""
     models = Path(transformers.__file__).parent / "models"
     found = []
     for source in sorted(models.glob("*/modeling_*.py")):
@@ -52,7 +64,11 @@ def find_architectures() -> list[Architecture]:
             model_type = _MODEL_TYPES.get(folder, folder)
             auto_class = _AUTO_CLASSES.get(folder)
             found.append(Architecture(experts_class=experts_class, model_type=model_type, auto_class=auto_class))
-    return found
+    assert _PLAIN.keys() == PLAIN.keys(), "a family has no tiny checkpoint to be tested with"
+    return found + [
+        Architecture(experts_class=experts_class, model_type=model_type, auto_class=None)
+        for experts_class, model_type in _PLAIN.items()
+    ]
 
 
 def build_model(architecture: Architecture, **overrides: Any) -> Any:
@@ -60,7 +76,11 @@ def build_model(architecture: Architecture, **overrides: Any) -> Any:
     config = tiny_config(architecture.model_type, **overrides)
     config._experts_implementation = "eager"
     torch.manual_seed(0)
-    names = [architecture.auto_class or "AutoModelForCausalLM", "AutoModelForImageTextToText"]
+    names = [
+        architecture.auto_class or "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForSeq2SeqLM",
+    ]
     auto_class = next(
         auto for auto in (getattr(transformers, name) for name in names) if type(config) in auto._model_mapping
     )

@@ -97,6 +97,14 @@ _INKLING = {
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _HYBRID,
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2},
+    },
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"], "head_dim": 16, "o_groups": 2, "o_lora_rank": 8},
     "diffusion_gemma": {"canvas_length": 8},
     "diffusion_gemma_text": {"top_k_experts": 2},
@@ -129,8 +137,34 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
     "kimi_linear": _HYBRID,
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "jetmoe": {"kv_channels": 16, "num_key_value_heads": 2},
+    "llama4_text": {"intermediate_size": 24, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+    "longcat_flash": {
+        "num_layers": 2,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "zero_expert_num": 4,
+        "head_dim": 8,
+        "moe_topk": 4,
+    },
     "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 2]},
     "muse_spark_text": {"moe_hidden_size": 24},
+    "nllb-moe": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+        "init_std": 0.2,
+        "decoder_start_token_id": 2,
+        "moe_token_dropout": 0.2,
+    },
     "nemotron_h": {
         "ssm_state_size": 8,
         "mamba_num_heads": 4,
@@ -155,6 +189,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
         **_HYBRID,
     },
+    "switch_transformers": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_decoder_layers": 2,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 3,
+        "decoder_start_token_id": 0,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -173,6 +219,6 @@ def _overrides(model_type: str) -> dict[str, Any]:
         if "num_key_value_heads" in overrides:
             overrides["num_key_value_heads"] = overrides["num_attention_heads"]
     for name, value in defaults.items():
-        if isinstance(value, dict) and "model_type" in value:
+        if isinstance(value, dict) and value.get("model_type"):
             overrides[name] = {**_overrides(value["model_type"]), "model_type": value["model_type"]}
     return overrides | SPECIAL.get(model_type, {})

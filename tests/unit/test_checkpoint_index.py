@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from expertmesh.checkpoint.architecture import find_experts
 from expertmesh.checkpoint.index import index_checkpoint
 from expertmesh.checkpoint.read import ExpertReader, read_expert
 from expertmesh.errors import CheckpointError, ConfigError
+from expertmesh.families import find_experts
 from expertmesh.ids import ExpertId
 from expertmesh.kernels.spec import Activation, ExpertSpec
 from tests.architectures.checkpoints import save_checkpoint
@@ -24,7 +24,7 @@ FILE = "model.safetensors"
 
 
 def layers(model: Any) -> list[Any]:
-    return list(find_experts(model).values())
+    return [module for module, _ in find_experts(model).values()]
 
 
 def change_config(folder: Path, **changes: Any) -> None:
