@@ -114,6 +114,8 @@ def _start_ray(mesh: MeshConfig) -> None:
     num_cpus = max(os.cpu_count() or 1, math.ceil(_cpus(mesh)))
     # Ray lets its processes start at full priority and then lowers it: each start would stop those that serve.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Serve notices that our controller has died when it looks, which is every 10 s unless told otherwise.
+    os.environ.setdefault("RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S", "2")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **_QUIET)
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PROOF_S = 15.0
 """How long after a death its signs may take to show."""
+NONSENSE = frozenset({FaultKind.CORRUPT, FaultKind.NOT_FINITE})
+"""What makes the mesh itself get rid of a host."""
 RETRY_S = 20.0
 """How long an order is repeated that nobody takes, for the controller may just be away."""
 
@@ -126,7 +128,7 @@ class Striker:
             if strike.deadly:
                 if strike.pids and not any(map(is_running, strike.pids)):
                     strike.proof = f"process {', '.join(map(str, strike.pids))} has ended"
-                elif not strike.pids and set(strike.hosts) <= self._ended_hosts():
+                elif not strike.pids and set(strike.hosts) <= self._hosts_of("host ended"):
                     strike.proof = "the decision log says that it ended"
                 elif now_s - strike.at_s > PROOF_S:
                     strike.problem = "it has not ended"
@@ -145,9 +147,10 @@ class Striker:
         look = self._watch.latest
         return bool(strike.hosts) and not look.error and look.began_s > strike.at_s and strike.target not in look.names
 
-    def _ended_hosts(self) -> set[str]:
+    def _hosts_of(self, what: str) -> set[str]:
+        """The hosts that the decision log says this of."""
         try:
-            return {entry["host"] for entry in fetch(self._url, "/mesh/decisions") if entry["what"] == "host ended"}
+            return {entry["host"] for entry in fetch(self._url, "/mesh/decisions") if entry["what"] == what}
         except ConfigError:
             return set()
 
@@ -157,7 +160,10 @@ class Striker:
             answer = order(self._url, "fault", target=strike.target, faults=[], seed=0)
         except ConfigError as error:
             if self._has_gone(strike):
-                strike.problem = f"it could not be asked: {error}"
+                if NONSENSE.issuperset(strike.kinds) and strike.target in self._hosts_of("distrust"):
+                    strike.proof = "the decision log says that it was doubted, and replaced"
+                else:
+                    strike.problem = f"it could not be asked: {error}"
             return  # it is asked again
         self._count(strike.target, answer["fired"])
 

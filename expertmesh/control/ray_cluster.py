@@ -53,9 +53,7 @@ class RayCluster:
             options["label_selector"] = pool.labels
         actor = (
             ray.remote(HostActor)
-            .options(
-                name=f"{self._mesh}/{host}", namespace=NAMESPACE, lifetime="detached", max_concurrency=4, **options
-            )
+            .options(name=f"{self._mesh}/{host}", namespace=NAMESPACE, lifetime="detached", **options)
             .remote(
                 name=host,
                 pool=pool.name,

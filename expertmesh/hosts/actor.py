@@ -6,6 +6,7 @@ that started it, which may die and come back, and ends by itself when it is aban
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import threading
@@ -60,10 +61,9 @@ class HostActor:
         broken = Faults(SYSTEM_CLOCK) if faults else None
         host = Host(memory, device, broken.kernels(make_kernel) if broken else make_kernel)
         self._server = HostServer(host, token, bind=address, tls=tls, faults=broken)
-        self._never = threading.Event()
         threading.Thread(target=self._end_when_abandoned, args=(lease_s,), daemon=True).start()
 
-    def describe(self) -> dict[str, Any]:
+    async def describe(self) -> dict[str, Any]:
         """Who and where it is."""
         context = ray.get_runtime_context()
         return {
@@ -76,13 +76,18 @@ class HostActor:
             "process_id": os.getpid(),
         }
 
-    def live(self) -> None:
-        """Does not return. The call fails when the process ends, which is how its controller hears of it at once."""
-        self._never.wait()
+    async def live(self) -> None:
+        """Does not return. The call fails when the process ends, which is how its controller hears of it at once.
+
+        The call of a controller that has died goes on. So it must take nothing that the next one's calls need: a
+        thread of a few, for instance.
+        """
+        await asyncio.get_running_loop().create_future()
 
     def _end_when_abandoned(self, lease_s: float) -> None:
+        never = threading.Event()
         while self._server.idle_s < lease_s:
-            self._never.wait(lease_s / 4)
+            never.wait(lease_s / 4)
         os._exit(0)  # Ray has no way for an actor to end but within a call, and nobody calls
 
 

@@ -32,11 +32,14 @@ class MadeUpMesh:
         self.orders: list[dict[str, Any]] = []
         self.fired: dict[str, int] = {}
         self.obeys = True
+        self.distrusts = False
+        """Whether a host that computes nonsense is replaced before it can be asked how often it did."""
         self.app = Starlette(
             routes=[
                 Route("/mesh/hosts", self._hosts),
                 Route("/mesh/placement", self._placement),
                 Route("/mesh/moves", lambda _: JSONResponse({"moves": []})),
+                Route("/mesh/decisions", self._decisions),
                 Route("/mesh/fault", self._fault, methods=["POST"]),
             ]
         )
@@ -50,9 +53,16 @@ class MadeUpMesh:
         hosts = [{"id": name, "experts": [[0, 0], [0, 1]]} for name in self.hosts]
         return JSONResponse({"num_experts": [2], "hosts": hosts})
 
+    def _decisions(self, _: Request) -> JSONResponse:
+        ended = [name for name, host in self.hosts.items() if host.poll() is not None]
+        log = [{"what": "host ended", "host": name} for name in ended]
+        return JSONResponse(log + [{"what": "distrust", "host": name} for name in ended if self.distrusts])
+
     async def _fault(self, request: Request) -> JSONResponse:
         body = await request.json()
         self.orders.append(body)
+        if (host := self.hosts[body["target"]]).poll() is not None:
+            return JSONResponse({"error": {"message": f"{body['target']} is no host"}}, status_code=400)
         answer = JSONResponse({"accepted": True, "fired": dict(self.fired)})
         for fault in body["faults"] if self.obeys else ():
             if fault["kind"] in ("kill", "pause"):
@@ -60,6 +70,8 @@ class MadeUpMesh:
                 os.kill(self.hosts[body["target"]].pid, what)
             else:
                 self.fired[fault["kind"]] = self.fired.get(fault["kind"], 0) + 3
+                if self.distrusts:
+                    host.kill()
         return answer
 
     def close(self) -> None:
@@ -127,3 +139,20 @@ def test_a_fault_that_was_accepted_and_did_not_happen_is_found_out(
     mesh.obeys = False
     strike = struck(mesh, fault)
     assert (strike.proof, strike.problem) == ("", problem)
+
+
+@pytest.mark.parametrize(
+    ("kind", "proof", "problem"),
+    [
+        ("not_finite", "the decision log says that it was doubted, and replaced", ""),
+        ("slow", "", "it could not be asked: "),
+    ],
+)
+def test_a_host_that_is_replaced_for_its_nonsense_has_been_hit(
+    mesh: MadeUpMesh, kind: str, proof: str, problem: str
+) -> None:
+    mesh.distrusts = True
+    strike = struck(mesh, {"kind": kind, **({"factor": 2} if kind == "slow" else {})}, in_s=10)
+    assert strike.proof == proof
+    assert strike.problem.startswith(problem)
+    assert bool(strike.problem) == bool(problem)
