@@ -106,7 +106,10 @@ def _decoder_start_ids(model: Any) -> tuple[int, ...] | None:
     if not model.config.is_encoder_decoder:
         return None
     start, language = (
-        next((id_ for of in (model.generation_config, model.config) if (id_ := getattr(of, name, None)) is not None), None)
+        next(
+            (id_ for of in (model.generation_config, model.config) if (id_ := getattr(of, name, None)) is not None),
+            None,
+        )
         for name in ("decoder_start_token_id", "forced_bos_token_id")
     )
     if start is None:
@@ -179,7 +182,7 @@ class _Group:
         may depend on how many come together."""
         if self._encoded is None:
             self._encoded = model.get_encoder()(input_ids=torch.tensor(self._encoder_ids, device=model.device))
-        for input_ids_R1 in input_ids_RL.split(1, dim=1):
+        for input_ids_R1 in torch.split(input_ids_RL, 1, dim=1):
             output = model(
                 encoder_outputs=self._encoded,
                 decoder_input_ids=input_ids_R1,

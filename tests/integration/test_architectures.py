@@ -104,7 +104,7 @@ def test_a_multimodal_checkpoint_is_served_by_its_text_model(
 
 
 def test_transformers_own_loop_over_the_experts_of_nllb_still_needs_mending():
-    """Of all experts it calls the first two, whatever the gate chose: so `build_model` puts a plain loop in its place."""
+    """It calls the first two experts, whatever the gate chose: so `build_model` puts a plain loop in its place."""
     architecture = next(each for each in ARCHITECTURES if each.model_type == "nllb-moe")
     as_it_is = build_model(architecture, mended=False)
     before = logits(as_it_is)
