@@ -128,9 +128,7 @@ def _without_experts(model_class: type[Any]) -> type[Any]:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        layouts = {
-            name: empty_experts(module, family) for name, (module, family) in require_experts(self).items()
-        }
+        layouts = {name: empty_experts(module, family) for name, (module, family) in require_experts(self).items()}
         gone = {f"{name}.{parameter}" for name, layout in layouts.items() for parameter in layout.parameter_names}
         patterns = {
             rf"^{re.escape(name)}\.{parameter.pattern}$"

@@ -1,4 +1,6 @@
-"""What stands where a layer's experts stood: a forward that leads to a callable, by transformers' interface or in its place.
+"""What stands where a layer's experts stood: a forward that leads to a callable.
+
+It is entered by transformers' experts interface; where a family has none, in place of the module's own forward.
 
 Knows nothing of where the experts are. Invariant: an experts module that was emptied holds no parameters of its own.
 

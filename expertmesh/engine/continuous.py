@@ -185,6 +185,8 @@ class _TokenChooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 def why_not_continuous(model: Any) -> str | None:
     """Why continuous batching cannot run this model, or None if it can. Looks at the model only; computes nothing."""
     config = model.config.get_text_config()
+    if config.is_encoder_decoder:
+        return "it has an encoder"
     if model._is_stateful:
         return "it carries a recurrent state from token to token"
     layer_types = set(getattr(config, "layer_types", None) or ())

@@ -1,23 +1,29 @@
 """The simple engine's batch: prompts of equal length run together, with the model's own cache.
 
-For models that the paged cache cannot hold: recurrent states, latent attention, layers of unlike shape. Owns the
-groups. Does not know what the cache holds. Invariant: the rows of a group have the same number of tokens at every step,
-so nothing is ever padded, which is exact for every architecture.
+For models that the paged cache cannot hold: recurrent states, latent attention, layers of unlike shape, an encoder.
+Owns the groups. Does not know what the cache holds. Invariant: the rows of a group have the same number of tokens at
+every step, so nothing is ever padded, which is exact for every architecture.
+
+An encoder reads the prompt, and the decoder begins with tokens of the model's own and writes the answer.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
 
 from expertmesh.engine.batch import gates_set
 from expertmesh.engine.sampling import choose_tokens
+from expertmesh.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from expertmesh.engine.api import GenerateRequest
     from expertmesh.engine.batch import Generation, RowGates
     from expertmesh.engine.config import EngineConfig
     from expertmesh.engine.sampling import Choice
@@ -31,6 +37,7 @@ class SimpleBatch:
         self._model = model
         self._gates = gates
         self._config = config
+        self._start_ids = _decoder_start_ids(model)
         self._waiting: deque[Generation] = deque()
         self._added: set[Generation] = set()
         self._groups: deque[_Group] = deque()
@@ -72,24 +79,60 @@ class SimpleBatch:
         self._groups.clear()
 
     def _form_groups(self) -> None:
-        by_length: dict[int, list[Generation]] = {}
+        by_length: dict[tuple[int, int], list[tuple[Generation, _Input]]] = {}
         for generation in self._waiting:
-            by_length.setdefault(len(generation.request.prompt_ids), []).append(generation)
+            given = _split_input(generation.request, self._start_ids)
+            lengths = len(given.encoder_ids), len(given.decoder_ids)
+            by_length.setdefault(lengths, []).append((generation, given))
         self._waiting.clear()
-        for length, generations in by_length.items():
-            size = max(1, self._config.max_batch_tokens // length)
-            for start in range(0, len(generations), size):
-                self._groups.append(_Group(generations[start : start + size]))
+        for lengths, members in by_length.items():
+            size = max(1, self._config.max_batch_tokens // max(lengths))
+            for start in range(0, len(members), size):
+                self._groups.append(_Group(members[start : start + size]))
+
+
+class _Input(NamedTuple):
+    """What a request's model reads before it writes the next token."""
+
+    encoder_ids: tuple[int, ...]
+    """() without an encoder."""
+    decoder_ids: tuple[int, ...]
+
+
+def _split_input(request: GenerateRequest, start_ids: tuple[int, ...] | None) -> _Input:
+    if start_ids is None:
+        return _Input((), request.prompt_ids)
+    num_prompt = len(request.prompt_ids) - request.num_resumed
+    return _Input(request.prompt_ids[:num_prompt], start_ids + request.prompt_ids[num_prompt:])
+
+
+def _decoder_start_ids(model: Any) -> tuple[int, ...] | None:
+    """What a decoder begins with: its start token and, in translation, the target language. None without an encoder."""
+    if not model.config.is_encoder_decoder:
+        return None
+    start, language = (
+        next(
+            (id_ for of in (model.generation_config, model.config) if (id_ := getattr(of, name, None)) is not None),
+            None,
+        )
+        for name in ("decoder_start_token_id", "forced_bos_token_id")
+    )
+    if start is None:
+        raise ConfigError("generation_config.json: it has no decoder_start_token_id, with which the decoder begins")
+    return (start,) if language is None else (start, language)
 
 
 class _Group:
     """Generations with the same number of tokens, and their cache. R rows, L tokens, V vocabulary."""
 
-    def __init__(self, generations: list[Generation]) -> None:
-        self._rows: list[Generation | None] = list(generations)
+    def __init__(self, members: Sequence[tuple[Generation, _Input]]) -> None:
+        self._rows: list[Generation | None] = [generation for generation, _ in members]
         """None marks a row that left but whose cache could not be dropped: it is computed and ignored."""
-        self._next_ids = [list(generation.request.prompt_ids) for generation in generations]
-        """What the model is fed next, per row: the prompt, then the last token."""
+        self._encoder_ids = [given.encoder_ids for _, given in members]
+        self._encoded: Any = None
+        """What the encoder made of them."""
+        self._next_ids = [list(given.decoder_ids) for _, given in members]
+        """What the model (or its decoder) is fed next, per row: the prompt, then the last token."""
         self._cache: Any = None
         self._num_cached = 0
 
@@ -111,6 +154,7 @@ class _Group:
         # Every layer of the library's cache can select rows; a cache of the model's own may keep more than layers.
         if self._cache is None or type(self._cache) is DynamicCache:
             self._rows = [self._rows[index] for index in kept]
+            self._encoder_ids = [self._encoder_ids[index] for index in kept]
             self._next_ids = [self._next_ids[index] for index in kept]
             if self._cache is not None:
                 self._cache.reorder_cache(torch.tensor(kept))
@@ -118,7 +162,8 @@ class _Group:
             self._rows = [row if row in live else None for row in self._rows]
 
     def step(self, model: Any) -> list[tuple[Generation, Choice | None]]:
-        logits_RV = self._forward(model, torch.tensor(self._next_ids, device=model.device))
+        next_ids_RL = torch.tensor(self._next_ids, device=model.device)
+        logits_RV = (self._decode if any(self._encoder_ids) else self._forward)(model, next_ids_RL)
         live = [index for index, row in enumerate(self._rows) if row is not None]
         generations = self.generations
         choices = choose_tokens(logits_RV[live], [generation.sampling for generation in generations])
@@ -142,3 +187,18 @@ class _Group:
         self._num_cached += num_new
         logits_RV: torch.Tensor = output.logits[:, -1].float()
         return logits_RV
+
+    def _decode(self, model: Any, input_ids_RL: torch.Tensor) -> torch.Tensor:
+        """The same where there is an encoder. One position at a time, as in the first place, since an expert's room
+        may depend on how many come together."""
+        if self._encoded is None:
+            self._encoded = model.get_encoder()(input_ids=torch.tensor(self._encoder_ids, device=model.device))
+        for input_ids_R1 in torch.split(input_ids_RL, 1, dim=1):
+            output = model(
+                encoder_outputs=self._encoded,
+                decoder_input_ids=input_ids_R1,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            self._cache = output.past_key_values
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]

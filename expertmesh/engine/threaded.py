@@ -112,6 +112,10 @@ class ThreadedEngine:
     def score(self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None) -> PromptLogprobs:
         self._check_prompt(prompt_ids)
         self._check_gate(gate)
+        if self._model.config.is_encoder_decoder:
+            raise InvalidRequestError(
+                "this model's encoder reads the prompt, which has no log-probabilities", param="echo"
+            )
         if len(prompt_ids) > self.max_context:
             raise InvalidRequestError(
                 f"the prompt has {len(prompt_ids)} tokens; the model's context is {self.max_context}", param="prompt"

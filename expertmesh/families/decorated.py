@@ -5,7 +5,7 @@ The decorator says of each class how its parameters lie. Knows no architecture b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -43,9 +43,7 @@ def _layout(module: Any) -> Layout:
     )
 
 
-def choose_as_told(
-    _module: Any, _x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-) -> Choices:
+def choose_as_told(_module: Any, _x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> Choices:
     """Of a module that is called with what was chosen."""
     return Choices(index_TK=index_TK, weights_TK=weights_TK)
 

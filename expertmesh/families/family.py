@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from expertmesh.gates.choices import Choices
+if TYPE_CHECKING:
+    from expertmesh.gates.choices import Choices
 
 MoeLayerFn: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(x_TH, expert index_TK, gate weights_TK) -> y_TH, the weighted sum over K in the gate's order, in x's dtype.
@@ -95,4 +96,4 @@ def rows_alone(layer: MoeLayerFn, rows_TKH: torch.Tensor, index_TK: torch.Tensor
     """
     alone_P1 = index_TK.reshape(-1, 1)
     ones_P1 = torch.ones_like(alone_P1, dtype=torch.float32)
-    return layer(rows_TKH.flatten(0, 1), alone_P1, ones_P1).unflatten(0, index_TK.shape)
+    return layer(rows_TKH.flatten(0, 1), alone_P1, ones_P1).view(rows_TKH.shape)

@@ -84,7 +84,9 @@ def _longcat_layout(module: Any) -> Layout:
 
 def _longcat_choose(module: Any, _x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> Choices:
     is_zero_TK = index_TK >= module.num_routed_experts
-    return Choices(index_TK=index_TK.masked_fill(is_zero_TK, NO_EXPERT), weights_TK=weights_TK.masked_fill(is_zero_TK, 0.0))
+    return Choices(
+        index_TK=index_TK.masked_fill(is_zero_TK, NO_EXPERT), weights_TK=weights_TK.masked_fill(is_zero_TK, 0.0)
+    )
 
 
 def _longcat_forward(
@@ -169,9 +171,7 @@ def _switch_layout(module: Any) -> Layout:
     )
 
 
-def _switch_choose(
-    _module: Any, _x_TH: torch.Tensor, is_chosen_T1E: torch.Tensor, weights_T1: torch.Tensor
-) -> Choices:
+def _switch_choose(_module: Any, _x_TH: torch.Tensor, is_chosen_T1E: torch.Tensor, weights_T1: torch.Tensor) -> Choices:
     has_none_T1 = ~is_chosen_T1E.any(dim=-1)
     return Choices(
         index_TK=is_chosen_T1E.argmax(dim=-1).masked_fill(has_none_T1, NO_EXPERT),

@@ -102,6 +102,7 @@ sources = st.builds(
     file=st.just("model.safetensors") | texts,
     name=st.sampled_from(["model.embed_tokens.weight", "lm_head.weight"]) | texts,
     index=st.none() | edges(UINT32),
+    parts=st.none() | edges(UINT32),
 )
 tensors = st.builds(
     pb.TensorRecipe,

@@ -152,6 +152,7 @@ sources = st.builds(
     file=st.sampled_from([FILE, FILE, "", "nothing.safetensors", "config.json"]),
     name=st.sampled_from([*TENSORS, ""]) | texts,
     index=st.none() | edges(2**32 - 1),
+    parts=st.none() | edges(2**32 - 1).filter(bool),
 )
 tensor_recipes = st.builds(
     TensorRecipe,

@@ -91,7 +91,7 @@ def generate(model: Any, prompt: list[int], num_tokens: int, **options: Any) -> 
     output = model.generate(
         prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=num_tokens, do_sample=False, **options
     )
-    return output[0, len(prompt) :].tolist()
+    return output[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
 
 
 class ForwardHook:

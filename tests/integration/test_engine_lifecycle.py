@@ -383,6 +383,8 @@ def test_a_cache_that_cannot_hold_one_request_is_refused():
         ("deepseek_v3", "plain keys and values"),
         ("mimo_v2_flash", "not of one size"),
         ("gemma4_text", "no single size of head"),
+        ("llama4_text", "chunked_attention"),
+        ("switch_transformers", "encoder"),
     ],
 )
 def test_continuous_batching_is_offered_what_its_cache_can_hold(model_type, obstacle):

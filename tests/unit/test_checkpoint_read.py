@@ -46,6 +46,29 @@ def test_gate_rows_come_before_up_rows(separate: dict[str, torch.Tensor], tmp_pa
     assert weights.b_out is None
 
 
+def test_an_expert_of_rows_below_one_another_is_read(tmp_path: Path):
+    tensors = {name: torch.randn(6, 4) for name in ("gate", "up", "down")}
+    save_file(tensors, tmp_path / FILE)
+
+    def rows(name: str, index: int) -> TensorSource:
+        return TensorSource(file=FILE, name=name, index=index, parts=2)
+
+    for index, part in enumerate((slice(0, 3), slice(3, 6))):
+        w_in = TensorRecipe(sources=(rows("gate", index), rows("up", index)))
+        recipe = ExpertRecipe(w_in=w_in, w_out=TensorRecipe(sources=(rows("down", index),), transpose=True))
+        weights = read_expert(tmp_path, recipe, SPEC)
+        assert torch.equal(weights.w_in, torch.cat([tensors["gate"][part], tensors["up"][part]]))
+        assert torch.equal(weights.w_out, tensors["down"][part].T)
+
+
+@pytest.mark.parametrize(("index", "parts"), [(2, 2), (0, 4), (7, 100)])
+def test_a_part_that_there_is_not_is_an_error(index: int, parts: int, tmp_path: Path):
+    save_file({"rows": torch.randn(6, 4)}, tmp_path / FILE)
+    tensor_of = TensorRecipe(sources=(TensorSource(file=FILE, name="rows", index=index, parts=parts),))
+    with pytest.raises(CheckpointError, match=r"cannot read tensor rows.*its shape is \[6, 4\]"):
+        read_expert(tmp_path, ExpertRecipe(w_in=tensor_of, w_out=tensor_of), SPEC)
+
+
 def test_an_expert_of_a_transposed_interleaved_biased_stack_is_read(tmp_path: Path):
     w_in, w_out = torch.randn(6, 4), torch.randn(4, 3)
     b_in, b_out = torch.randn(6), torch.randn(4)
