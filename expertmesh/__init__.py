@@ -23,6 +23,8 @@ To read how experts come to be where they are, follow the control plane:
     control/scaling.py    how many hosts there should be      -> control/growth.py, which starts and drains them
     checkpoint/           which tensors make an expert, and reading one
 
+To read how a layer that is no language model's is served and trained, start with layers/module.py.
+
 The planes meet in `placement.py` (down) and in what hosts report (up). Words are defined in README.md.
 """
 
@@ -32,8 +34,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertmesh.attachment import attach
+    from expertmesh.layers.module import MoELayer
+    from expertmesh.layers.trained import TrainedExperts
 
-__all__ = ["attach"]
+__all__ = ["MoELayer", "TrainedExperts", "attach"]
 
 
 def __getattr__(name: str) -> Any:
@@ -42,4 +46,12 @@ def __getattr__(name: str) -> Any:
         from expertmesh.attachment import attach
 
         return attach
+    if name == "MoELayer":
+        from expertmesh.layers.module import MoELayer
+
+        return MoELayer
+    if name == "TrainedExperts":
+        from expertmesh.layers.trained import TrainedExperts
+
+        return TrainedExperts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -135,6 +135,13 @@ class NotFiniteError(ExpertMeshError):
     requests computed with it go on (HTTP 500)."""
 
 
+class TrainingLostError(ExpertMeshError):
+    """A host's that is gone, or was given to others: what was trained since the last checkpoint is lost with it.
+
+    Restore that checkpoint, in the hosts and in what the trainer holds itself, and do the steps since once more.
+    """
+
+
 class DeadlineExceededError(ExpertMeshError):
     """Time ran out while work was pending. Do not retry within the same deadline (HTTP 504)."""
 

@@ -298,3 +298,89 @@ class LaunchSums(_message.Message):
     experts_busy_s: float
     rows_busy_s: float
     def __init__(self, launches: _Optional[float] = ..., experts: _Optional[float] = ..., rows: _Optional[float] = ..., busy_s: _Optional[float] = ..., experts_squared: _Optional[float] = ..., experts_rows: _Optional[float] = ..., rows_squared: _Optional[float] = ..., experts_busy_s: _Optional[float] = ..., rows_busy_s: _Optional[float] = ...) -> None: ...
+
+class Optimizer(_message.Message):
+    __slots__ = ("name", "momentum", "beta1", "beta2", "epsilon", "weight_decay")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    momentum: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    def __init__(self, name: _Optional[str] = ..., momentum: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., epsilon: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
+
+class BeginRequest(_message.Message):
+    __slots__ = ("session", "step", "optimizer")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    step: int
+    optimizer: Optimizer
+    def __init__(self, session: _Optional[int] = ..., step: _Optional[int] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ...) -> None: ...
+
+class BeginReply(_message.Message):
+    __slots__ = ("experts",)
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    experts: int
+    def __init__(self, experts: _Optional[int] = ...) -> None: ...
+
+class BackwardRequest(_message.Message):
+    __slots__ = ("session", "step", "part", "pairs", "grad_rows")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    GRAD_ROWS_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    step: int
+    part: int
+    pairs: ExchangeRequest
+    grad_rows: bytes
+    def __init__(self, session: _Optional[int] = ..., step: _Optional[int] = ..., part: _Optional[int] = ..., pairs: _Optional[_Union[ExchangeRequest, _Mapping]] = ..., grad_rows: _Optional[bytes] = ...) -> None: ...
+
+class BackwardReply(_message.Message):
+    __slots__ = ("grad_rows",)
+    GRAD_ROWS_FIELD_NUMBER: _ClassVar[int]
+    grad_rows: bytes
+    def __init__(self, grad_rows: _Optional[bytes] = ...) -> None: ...
+
+class StepRequest(_message.Message):
+    __slots__ = ("session", "step", "parts", "learning_rate")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    step: int
+    parts: int
+    learning_rate: float
+    def __init__(self, session: _Optional[int] = ..., step: _Optional[int] = ..., parts: _Optional[int] = ..., learning_rate: _Optional[float] = ...) -> None: ...
+
+class StepReply(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class SaveRequest(_message.Message):
+    __slots__ = ("session", "step", "folder")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    step: int
+    folder: str
+    def __init__(self, session: _Optional[int] = ..., step: _Optional[int] = ..., folder: _Optional[str] = ...) -> None: ...
+
+class SaveReply(_message.Message):
+    __slots__ = ("files",)
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, files: _Optional[_Iterable[str]] = ...) -> None: ...

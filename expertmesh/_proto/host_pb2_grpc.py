@@ -363,3 +363,260 @@ class Host(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class TrainingStub(object):
+    """Training of the replicas that a host holds: one MoE layer, or several, of any model. Forward is Host.Exchange; the gate
+    and the weighted sum of an expert's rows are the caller's, the trainer's, and so is their gradient.
+
+    Host.Configure, Host.Load ...   the host holds replicas, as for serving
+    Training.Begin                  from here on they are trained: a session, at a step
+    per step: Host.Exchange, then Training.Backward, as often as the trainer likes; then Training.Step
+    now and then: Training.Save     files that Host.Load reads
+
+    A host keeps float32 copies of the weights, their gradients and its own optimiser's state; they are lost with it. Then
+    the trainer fills hosts anew from what was saved last, all of them, and goes on from there: Configure, Load, Begin.
+
+    Of one expert there must be one replica, for its gradient is the sum over all rows that chose it: the trainer's duty.
+
+    Every call names the session and the step, and is refused with ABORTED when the host is not there: it was configured
+    anew, or another trainer has begun, or it is a step ahead or behind. Nothing was done then, and filling anew helps.
+    Any call may be sent again when its answer was lost: none has its effect twice.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Begin = channel.unary_unary(
+                '/expertmesh.host.v1.Training/Begin',
+                request_serializer=host__pb2.BeginRequest.SerializeToString,
+                response_deserializer=host__pb2.BeginReply.FromString,
+                _registered_method=True)
+        self.Backward = channel.unary_unary(
+                '/expertmesh.host.v1.Training/Backward',
+                request_serializer=host__pb2.BackwardRequest.SerializeToString,
+                response_deserializer=host__pb2.BackwardReply.FromString,
+                _registered_method=True)
+        self.Step = channel.unary_unary(
+                '/expertmesh.host.v1.Training/Step',
+                request_serializer=host__pb2.StepRequest.SerializeToString,
+                response_deserializer=host__pb2.StepReply.FromString,
+                _registered_method=True)
+        self.Save = channel.unary_unary(
+                '/expertmesh.host.v1.Training/Save',
+                request_serializer=host__pb2.SaveRequest.SerializeToString,
+                response_deserializer=host__pb2.SaveReply.FromString,
+                _registered_method=True)
+
+
+class TrainingServicer(object):
+    """Training of the replicas that a host holds: one MoE layer, or several, of any model. Forward is Host.Exchange; the gate
+    and the weighted sum of an expert's rows are the caller's, the trainer's, and so is their gradient.
+
+    Host.Configure, Host.Load ...   the host holds replicas, as for serving
+    Training.Begin                  from here on they are trained: a session, at a step
+    per step: Host.Exchange, then Training.Backward, as often as the trainer likes; then Training.Step
+    now and then: Training.Save     files that Host.Load reads
+
+    A host keeps float32 copies of the weights, their gradients and its own optimiser's state; they are lost with it. Then
+    the trainer fills hosts anew from what was saved last, all of them, and goes on from there: Configure, Load, Begin.
+
+    Of one expert there must be one replica, for its gradient is the sum over all rows that chose it: the trainer's duty.
+
+    Every call names the session and the step, and is refused with ABORTED when the host is not there: it was configured
+    anew, or another trainer has begun, or it is a step ahead or behind. Nothing was done then, and filling anew helps.
+    Any call may be sent again when its answer was lost: none has its effect twice.
+    """
+
+    def Begin(self, request, context):
+        """Trains all replicas that the host holds now, from their weights as they were loaded; above step 0 also from the
+        optimiser's state beside them. Ends the session before it. PERMISSION_DENIED when the host was not started to be
+        trained, FAILED_PRECONDITION when it holds nothing, RESOURCE_EXHAUSTED when its memory does not hold what training
+        takes, DATA_LOSS when the state is not there whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backward(self, request, context):
+        """Adds to the gradients of the weights, and answers with those of the rows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Step(self, request, context):
+        """Has the optimiser take its step on every expert that got a gradient since the last, and clears the gradients. From
+        its answer on, Exchange computes with the new weights.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Save(self, request, context):
+        """Writes each trained replica to a file of its own, whole or not at all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TrainingServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Begin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Begin,
+                    request_deserializer=host__pb2.BeginRequest.FromString,
+                    response_serializer=host__pb2.BeginReply.SerializeToString,
+            ),
+            'Backward': grpc.unary_unary_rpc_method_handler(
+                    servicer.Backward,
+                    request_deserializer=host__pb2.BackwardRequest.FromString,
+                    response_serializer=host__pb2.BackwardReply.SerializeToString,
+            ),
+            'Step': grpc.unary_unary_rpc_method_handler(
+                    servicer.Step,
+                    request_deserializer=host__pb2.StepRequest.FromString,
+                    response_serializer=host__pb2.StepReply.SerializeToString,
+            ),
+            'Save': grpc.unary_unary_rpc_method_handler(
+                    servicer.Save,
+                    request_deserializer=host__pb2.SaveRequest.FromString,
+                    response_serializer=host__pb2.SaveReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'expertmesh.host.v1.Training', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('expertmesh.host.v1.Training', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Training(object):
+    """Training of the replicas that a host holds: one MoE layer, or several, of any model. Forward is Host.Exchange; the gate
+    and the weighted sum of an expert's rows are the caller's, the trainer's, and so is their gradient.
+
+    Host.Configure, Host.Load ...   the host holds replicas, as for serving
+    Training.Begin                  from here on they are trained: a session, at a step
+    per step: Host.Exchange, then Training.Backward, as often as the trainer likes; then Training.Step
+    now and then: Training.Save     files that Host.Load reads
+
+    A host keeps float32 copies of the weights, their gradients and its own optimiser's state; they are lost with it. Then
+    the trainer fills hosts anew from what was saved last, all of them, and goes on from there: Configure, Load, Begin.
+
+    Of one expert there must be one replica, for its gradient is the sum over all rows that chose it: the trainer's duty.
+
+    Every call names the session and the step, and is refused with ABORTED when the host is not there: it was configured
+    anew, or another trainer has begun, or it is a step ahead or behind. Nothing was done then, and filling anew helps.
+    Any call may be sent again when its answer was lost: none has its effect twice.
+    """
+
+    @staticmethod
+    def Begin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.host.v1.Training/Begin',
+            host__pb2.BeginRequest.SerializeToString,
+            host__pb2.BeginReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backward(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.host.v1.Training/Backward',
+            host__pb2.BackwardRequest.SerializeToString,
+            host__pb2.BackwardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Step(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.host.v1.Training/Step',
+            host__pb2.StepRequest.SerializeToString,
+            host__pb2.StepReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Save(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.host.v1.Training/Save',
+            host__pb2.SaveRequest.SerializeToString,
+            host__pb2.SaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

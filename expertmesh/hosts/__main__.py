@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,9 @@ def main(make: MakeKernel = make_kernel, prepare: Callable[[Host], None] | None 
     parser.add_argument(
         "--faults", action="store_true", help="let whoever has the token break it, to test what happens"
     )
+    parser.add_argument(
+        "--train", type=Path, metavar="FOLDER", help="let it be trained, by whoever has the token; it saves in FOLDER"
+    )
     parser.add_argument("--tls", nargs=3, metavar=("CA", "CERTIFICATE", "KEY"), help="files in PEM; default: no TLS")
     arguments = parser.parse_args()
     try:
@@ -57,7 +61,9 @@ def main(make: MakeKernel = make_kernel, prepare: Callable[[Host], None] | None 
     if prepare is not None:
         prepare(host)
     try:
-        server = HostServer(host, token, bind=arguments.bind, port=arguments.port, tls=tls, faults=faults)
+        server = HostServer(
+            host, token, bind=arguments.bind, port=arguments.port, tls=tls, faults=faults, train=arguments.train
+        )
     except ExpertMeshError as error:
         parser.error(str(error))
     ready = {"address": server.address, "socket": server.socket, "process_id": os.getpid()}

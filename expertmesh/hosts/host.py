@@ -51,7 +51,7 @@ class Host:
     def __init__(self, memory_bytes: int, device: str = "cpu", make: MakeKernel = make_kernel) -> None:
         self.memory_bytes = memory_bytes
         self.configuration: HostConfiguration | None = None
-        self._device = device
+        self.device = device
         self._make = make
         self._pools: tuple[SlotPool, ...] = ()
         self._done = LaunchCounter()
@@ -73,7 +73,7 @@ class Host:
             raise self._too_small(max(sizes))
         self._pools = ()
         self._pools = tuple(
-            SlotPool(self._make(spec, n, self._device)) for spec, n in zip(configuration.specs, slots, strict=True)
+            SlotPool(self._make(spec, n, self.device)) for spec, n in zip(configuration.specs, slots, strict=True)
         )
         self.configuration = configuration
         return slots
@@ -84,7 +84,7 @@ class Host:
 
     def bytes_per_slot(self, spec: ExpertSpec) -> int:
         """What one expert takes on this host's device, packing included."""
-        return slot_bytes(spec, self._device)
+        return slot_bytes(spec, self.device)
 
     def _pool(self, layer: int) -> SlotPool:
         assert self.configuration is not None

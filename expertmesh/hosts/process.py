@@ -39,15 +39,18 @@ class HostServer:
         port: int = 0,
         tls: TlsFiles | None = None,
         faults: Faults | None = None,
+        train: Path | None = None,
     ) -> None:
         """Listen at `bind`; routers reach it at `advertise` (the bound address unless given). `faults`: those of a host
-        that may be broken on purpose.
+        that may be broken on purpose. `train`: the folder in which one that may be trained saves.
 
         Raises ConfigError when the port is taken, or the `tls` files will not do.
         """
         self._thread = LoopThread("expertmesh-host")
         try:
-            self._server = self._thread.run(RunningServer.start(host, token, bind, port, tls=tls, faults=faults))
+            self._server = self._thread.run(
+                RunningServer.start(host, token, bind, port, tls=tls, faults=faults, train=train)
+            )
         except BaseException:
             self._thread.close()
             raise
@@ -80,11 +83,13 @@ class HostProcess:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
         tls: TlsFiles | None = None,
+        train: Path | None = None,
     ) -> None:
         """`module` is run with our environment and `environment`, in `folder` if given. With `faults` it may be broken
-        on purpose."""
+        on purpose; with `train` it may be trained, and saves in that folder."""
         command = [sys.executable, "-m", module, "--memory", memory, "--threads", str(threads)]
         command += ["--faults"] if faults else []
+        command += ["--train", str(train)] if train is not None else []
         if tls is not None:
             command += ["--tls", tls.ca, tls.certificate, tls.key]
         variables = os.environ | {TOKEN_VARIABLE: token} | dict(environment or {})
@@ -102,6 +107,11 @@ class HostProcess:
     def info(self, host: HostId) -> HostInfo:
         """As a placement has it, under the id `host`."""
         return HostInfo(id=host, address=self.address, socket=self.socket)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
 
     def kill(self) -> None:
         """SIGKILL it, as a crash would."""

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -18,12 +18,14 @@ from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostServicer
 from expertmesh.checkpoint.read import read_expert
 from expertmesh.checkpoint.source import resolve
-from expertmesh.errors import CheckpointError, ConfigError, NotHeldError, OutOfSlotsError, ProtocolError
+from expertmesh.errors import CheckpointError, ProtocolError
 from expertmesh.fault import FaultKind
 from expertmesh.hosts import selftest
+from expertmesh.hosts.answering import answered, handlers
 from expertmesh.hosts.door import TokenCheck, open_port
 from expertmesh.hosts.local_socket import LocalSocket
 from expertmesh.hosts.rows import Refusal, RowService
+from expertmesh.hosts.training_service import TrainingService
 from expertmesh.ids import ExpertId
 from expertmesh.transport import LayerReply, codec
 from expertmesh.transport.grpc_link import SERVER_OPTIONS
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class HostService(HostServicer):
     """Serves one host on one event loop, which is also where it computes."""
@@ -55,7 +55,10 @@ class HostService(HostServicer):
         self._host = host
         self._rows = rows
         self._faults = faults
-        self._root: Path | None = None
+        self.root: Path | None = None
+        """What recipes' files are relative to."""
+        self.recipes: dict[ExpertId, ExpertRecipe] = {}
+        """How each replica was read."""
         self._read_as: dict[ExpertId, bytes] = {}
         """The digest of every replica's weights, as they were read."""
         self.asked_at = time.monotonic()
@@ -88,10 +91,11 @@ class HostService(HostServicer):
         async def configure() -> pb.ConfigureReply:
             configuration = codec.decode_configuration(message)
             self._read_as.clear()
-            self._root = await asyncio.to_thread(resolve, configuration.checkpoint)
+            self.recipes.clear()
+            self.root = await asyncio.to_thread(resolve, configuration.checkpoint)
             return pb.ConfigureReply(slots=self._host.configure(configuration))
 
-        return await _answered(configure, context)
+        return await answered(configure, context)
 
     async def Load(self, message: pb.LoadRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.LoadReply:
         async def load() -> pb.LoadReply:
@@ -99,15 +103,15 @@ class HostService(HostServicer):
             if self._faults is not None and self._faults.hits(FaultKind.FAIL_LOAD):
                 raise CheckpointError(f"expert {expert}: this load was made to fail")
             assert self._host.configuration is not None
-            if self._root is None:
+            if self.root is None:
                 raise ProtocolError("the host was not told of a checkpoint")
             if self._host.holds(expert):
                 y_RH = self._answer(expert)
             else:
-                y_RH = await self._read(expert, recipe, self._root, self._host.configuration)
+                y_RH = await self._read(expert, recipe, self.root, self._host.configuration)
             return pb.LoadReply(digest=self._digest(expert, y_RH))
 
-        return await _answered(load, context)
+        return await answered(load, context)
 
     async def _read(self, expert: ExpertId, recipe: ExpertRecipe, root: Path, asked: HostConfiguration) -> torch.Tensor:
         """Fill a slot, and keep it only if it computes what was read: its answer to the known rows."""
@@ -124,6 +128,7 @@ class HostService(HostServicer):
             files = ", ".join(recipe.files)
             raise CheckpointError(f"expert {expert}, read from {files} in {root}: {error}") from error
         self._read_as[expert] = expected.weights
+        self.recipes[expert] = recipe
         return y_RH
 
     def _answer(self, expert: ExpertId) -> torch.Tensor:
@@ -139,17 +144,19 @@ class HostService(HostServicer):
             expert = self._expert(message.layer, message.index)
             return pb.VerifyReply(digest=self._digest(expert, self._answer(expert)))
 
-        return await _answered(verify, context)
+        return await answered(verify, context)
 
     async def Drop(self, message: pb.DropRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DropReply:
         async def drop() -> pb.DropReply:
             if message.not_after_s and time.monotonic() > message.not_after_s:
                 # The controller gave it up long ago, and may have told routers of the replica since.
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the order to drop came too late")
-            self._host.drop(self._expert(message.layer, message.index))
+            expert = self._expert(message.layer, message.index)
+            self._host.drop(expert)
+            self.recipes.pop(expert, None)
             return pb.DropReply()
 
-        return await _answered(drop, context)
+        return await answered(drop, context)
 
     async def Statistics(
         self, _message: pb.StatisticsRequest, _context: grpc.aio.ServicerContext[Any, Any]
@@ -176,7 +183,7 @@ class HostService(HostServicer):
             faults.replace(codec.decode_faults(message), message.seed)
             return codec.encode_fired(faults.fired)
 
-        return await _answered(inject, context)
+        return await answered(inject, context)
 
     def _expert(self, layer: int, index: int) -> ExpertId:
         configuration = self._host.configuration
@@ -199,38 +206,6 @@ def _put(answers: asyncio.Queue[bytes], request_id: int, answer: LayerReply | Re
         answers.put_nowait(codec.encode_reply(request_id, answer))
     else:
         answers.put_nowait(codec.encode_refusal(request_id, *answer))
-
-
-_STATUS = (
-    (ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
-    (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
-    (OutOfSlotsError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (CheckpointError, grpc.StatusCode.DATA_LOSS),
-    (NotHeldError, grpc.StatusCode.NOT_FOUND),
-)
-
-
-async def _answered(call: Callable[[], Awaitable[T]], context: grpc.aio.ServicerContext[Any, Any]) -> T:
-    """The call's result; our errors become the status that the controller reads back."""
-    try:
-        return await call()
-    except tuple(kind for kind, _ in _STATUS) as error:
-        status = next(status for kind, status in _STATUS if isinstance(error, kind))
-        await context.abort(status, str(error))
-
-
-def _handlers(service: HostService) -> grpc.GenericRpcHandler:
-    """As the generated code has them, but for Exchange, whose rows should be copied as seldom as can be."""
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        of.name: grpc.unary_unary_rpc_method_handler(
-            getattr(service, of.name),
-            getattr(pb, of.input_type.name).FromString,
-            getattr(pb, of.output_type.name).SerializeToString,
-        )
-        for of in codec.SERVICE.methods
-    }
-    handlers["Exchange"] = grpc.stream_stream_rpc_method_handler(service.exchange, codec.parse_request)
-    return grpc.method_handlers_generic_handler(codec.SERVICE.full_name, handlers)
 
 
 class _Deafness(grpc.aio.ServerInterceptor):
@@ -274,16 +249,21 @@ class RunningServer:
         *,
         tls: TlsFiles | None = None,
         faults: Faults | None = None,
+        train: Path | None = None,
     ) -> RunningServer:
-        """Serve `host` at once, and as its `faults` let it. Raises ConfigError when the port is taken, or the `tls`
-        files will not do."""
+        """Serve `host` at once, and as its `faults` let it. It may be trained if `train` is given, the folder that it
+        saves in. Raises ConfigError when the port is taken, or the `tls` files will not do."""
         rows = RowService(host, faults)
         interceptors: list[grpc.aio.ServerInterceptor] = [TokenCheck(token)]
         if faults is not None:
             interceptors.append(_Deafness(faults))
         server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         service = HostService(host, rows, faults)
-        server.add_generic_rpc_handlers((_handlers(service),))
+        exchange: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
+            service.exchange, codec.parse_request
+        )
+        training = TrainingService(host, service, train)
+        server.add_generic_rpc_handlers((handlers("Host", service, Exchange=exchange), handlers("Training", training)))
         bound = open_port(server, f"{bind}:{port}", tls)
         await server.start()
         running = RunningServer(server, bound, service, rows)

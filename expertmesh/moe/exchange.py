@@ -15,6 +15,7 @@ import torch
 
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.errors import DeadlineExceededError, NoReadyReplicaError, ReplicaFailedError, ReplicaUnavailableError
+from expertmesh.ids import ExpertId
 from expertmesh.kernels.spec import DTYPES
 from expertmesh.moe.asides import Asides
 from expertmesh.moe.checks import Checks
@@ -93,7 +94,7 @@ class Exchange:
 
         x_TH is on CPU; index_TK holds expert indices of `layer`, or NO_EXPERT, whose pairs do not travel. Returns
         rows_TKH on CPU in x's dtype, neither weighted nor summed; the row of no expert is zero. Raises
-        ReplicaFailedError or DeadlineExceededError.
+        ReplicaFailedError or DeadlineExceededError; with a limit to `retries` also NoReadyReplicaError.
         """
         num_tokens, num_choices = index_TK.shape
         num_pairs = num_tokens * num_choices
@@ -159,6 +160,9 @@ class Exchange:
             if now >= run.retry_at or (run.waiting and self._placement.epoch != epoch):
                 # Either a new placement helps those that found no replica, or a host that failed them does after all:
                 # its link may have broken for a moment only.
+                run.retries += 1
+                if run.retries > self._limits.retries:
+                    raise NoReadyReplicaError(ExpertId(run.layer, int(run.expert_P[run.waiting[0].pairs[0]])))
                 run.todo += [Todo(todo.pairs) for todo in run.waiting]
                 run.waiting, run.retry_at = [], NEVER
 

@@ -33,6 +33,8 @@ class ExchangeLimits:
     attempt_factor: float = 10.0
     retry_s: float = 0.1
     """When no replica is left to ask: how long to wait for a new placement before asking all of them again."""
+    retries: float = NEVER
+    """And how often, at most, before it gives up: where no other replica can come, waiting is of no use."""
     hedge_share: float = 0.05
     """Of all requests to hosts, how many may be sent in vain to a second one as well because the first is late."""
     hedges_saved: float = 8.0
@@ -109,6 +111,8 @@ class Run:
     """What found no replica."""
     retry_at: float = NEVER
     """When that is to look again, among all."""
+    retries: int = 0
+    """How often all were asked again because none was left."""
     patience: float = 1.0
     """Grows each time that a host has had its time: where all are slow, asking ever again would make them slower."""
     not_finite: dict[int, dict[HostId, float]] = field(default_factory=dict)

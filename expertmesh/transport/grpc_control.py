@@ -9,7 +9,15 @@ import grpc
 
 from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostStub
-from expertmesh.errors import CheckpointError, ConfigError, OutOfSlotsError, ProtocolError, ReplicaUnavailableError
+from expertmesh.errors import (
+    CheckpointError,
+    ConfigError,
+    ExpertMeshError,
+    OutOfSlotsError,
+    ProtocolError,
+    ReplicaUnavailableError,
+    TrainingLostError,
+)
 from expertmesh.hosts.digest import ReplicaDigest
 from expertmesh.hosts.statistics import HostStatistics, LaunchSums
 from expertmesh.ids import ExpertId
@@ -18,7 +26,7 @@ from expertmesh.transport import codec
 from expertmesh.transport.grpc_link import credentials, open_channel
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from expertmesh.checkpoint.recipe import ExpertRecipe
     from expertmesh.fault import Fault
@@ -49,11 +57,15 @@ class GrpcHostControl:
 
     @property
     def _stub(self) -> HostStub:
-        """Over a channel of the certificate that is in use now: one that has expired connects no more."""
+        return HostStub(self._channel)
+
+    @property
+    def _channel(self) -> grpc.aio.Channel:
+        """One of the certificate that is in use now: one that has expired connects no more."""
         if self._tls is not None and self._identity is not (current := live_identity(self._tls).current()):
             self._identity = current
             self._channels.append(open_channel(self._host, self._tls))
-        return HostStub(self._channels[-1])
+        return self._channels[-1]
 
     async def configure(self, configuration: HostConfiguration) -> tuple[int, ...]:
         """Prepare it for a model: its slots per spec."""
@@ -119,10 +131,11 @@ class GrpcHostControl:
             raise ReplicaUnavailableError(self._host.id, f"{error.code().name}: {error.details()}") from error
 
 
-_ERRORS: dict[grpc.StatusCode, type[ConfigError | CheckpointError | OutOfSlotsError | ProtocolError]] = {
+_ERRORS: dict[grpc.StatusCode, Callable[[Any], ExpertMeshError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: ProtocolError,
     grpc.StatusCode.FAILED_PRECONDITION: ConfigError,
     grpc.StatusCode.PERMISSION_DENIED: ConfigError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OutOfSlotsError,
     grpc.StatusCode.DATA_LOSS: CheckpointError,
+    grpc.StatusCode.ABORTED: TrainingLostError,
 }

@@ -11,7 +11,7 @@ import itertools
 import select
 import socket
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import uvloop
 
@@ -20,12 +20,15 @@ from expertmesh.transport.grpc_link import GrpcLink
 from expertmesh.transport.socket_link import SocketLink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from expertmesh.ids import HostId
     from expertmesh.placement import HostInfo
     from expertmesh.tls import TlsFiles
     from expertmesh.transport import Answer, LayerRequest
+
+
+T = TypeVar("T")
 
 
 class Link(Protocol):
@@ -131,6 +134,11 @@ class NetworkTransport:
         if self._is_looping:
             self._is_looping = False
             self._loop.stop()
+
+    def run(self, orders: Coroutine[Any, Any, T]) -> T:
+        """Talk to hosts of something else meanwhile, and wait for it: what lives on an event loop may use this one. A
+        process should have one loop for gRPC, for what comes for a loop that is closed disturbs the others."""
+        return self._loop.run_until_complete(orders)
 
     def forget(self, ticket: int) -> None:
         self._expected.discard(ticket)
