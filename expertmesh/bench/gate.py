@@ -46,22 +46,25 @@ WISH = {"fewer_rows": 0.25, "higher_loss": 0.01}
 
 
 def _gates() -> dict[str, GateSpec | None]:
-    """By name, what makes sense for a model that was trained with 2 of 16 experts and weights that sum to one."""
+    """By name, what makes sense for a model that was trained with 2 of 16 experts and weights that sum to one.
+
+    They do here too, but for those that are plain and for switch, expert-choice and dense.
+    """
     gates: dict[str, GateSpec | None] = {OWN: None}
     for k in (1, 2, 3, 4):
-        gates[f"softmax-topk {k}, normalize"] = GateSpec(strategy="softmax-topk", k=k, normalize=True)
+        gates[f"softmax-topk {k}"] = GateSpec(strategy="softmax-topk", k=k, normalize=True)
     for k in (1, 2):
-        gates[f"softmax-topk {k}"] = GateSpec(strategy="softmax-topk", k=k)
+        gates[f"softmax-topk {k}, plain"] = GateSpec(strategy="softmax-topk", k=k)
     gates["topk-softmax 2"] = GateSpec(strategy="topk-softmax", k=2)
-    gates["sigmoid-topk 2, normalize"] = GateSpec(strategy="sigmoid-topk", k=2, normalize=True)
+    gates["sigmoid-topk 2"] = GateSpec(strategy="sigmoid-topk", k=2, normalize=True)
     for p in (0.3, 0.4, 0.5, 0.6, 0.7):
-        gates[f"top-p {p:g} of 2, normalize"] = GateSpec(strategy="top-p", top_p=p, k=2, normalize=True)
-    gates["top-p 0.7, normalize"] = GateSpec(strategy="top-p", top_p=0.7, normalize=True)
+        gates[f"top-p {p:g} of 2"] = GateSpec(strategy="top-p", top_p=p, k=2, normalize=True)
+    gates["top-p 0.7 of all"] = GateSpec(strategy="top-p", top_p=0.7, normalize=True)
     for ratio in (0.2, 0.3, 0.5, 0.7):
-        gates[f"threshold {ratio:g} of 2, normalize"] = GateSpec(strategy="threshold", ratio=ratio, k=2, normalize=True)
+        gates[f"threshold {ratio:g} of 2"] = GateSpec(strategy="threshold", ratio=ratio, k=2, normalize=True)
     for factor in (1.0, 1.25, 2.0):
-        gates[f"switch, capacity {factor:g}"] = GateSpec(strategy="switch", capacity_factor=factor)
-        gates[f"gshard, capacity {factor:g}"] = GateSpec(strategy="gshard", capacity_factor=factor)
+        gates[f"switch {factor:g}"] = GateSpec(strategy="switch", capacity_factor=factor)
+        gates[f"gshard {factor:g}"] = GateSpec(strategy="gshard", capacity_factor=factor)
     gates["expert-choice 2"] = GateSpec(strategy="expert-choice", capacity_factor=2)
     gates["dense"] = GateSpec(strategy="dense")
     return gates

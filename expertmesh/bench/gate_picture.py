@@ -40,16 +40,15 @@ def draw_gates(report: dict[str, Any], path: Path) -> None:
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            linestyle="-" if family in ("top-p", "threshold") else "",
+            linestyle="",
             marker="o",
             markersize=5,
-            linewidth=1,
             color=color,
             label=family or "others",
         )
         for name, of in shown.items():
             at = (of["rows_per_token"], of["higher_loss"])
-            label = name.replace(", normalize", "").replace(" of 2", "").replace(f"{family} ", "" if family else " ")
+            label = name.removeprefix(f"{family} ").removesuffix(" of 2")
             axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlim(0.9, _MOST_ROWS)
     axes.set_ylim(-0.001, _MOST_LOSS)
