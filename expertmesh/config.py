@@ -201,6 +201,7 @@ class GateSection(Section):
     groups_kept: int | None = None
     group_score: str | None = None
     top_p: float | None = None
+    ratio: float | None = None
     capacity_factor: float | None = None
     overflow: str | None = None
     by_confidence: bool | None = None

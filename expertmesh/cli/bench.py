@@ -294,6 +294,51 @@ def decode(
         stdout.print(f"Without {side}: {reason}")
 
 
+@app.command("gate")
+def gate_bench(
+    as_json: AsJson = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the gates take turns to be fast.")] = 5,
+    windows: Annotated[int | None, typer.Option(min=1, help="Of the held-out text; all by default.")] = None,
+    picture: Picture = None,
+) -> None:
+    """What other gates make of the tiny model: loss, expert rows for each token, and speed. Needs no mesh.
+
+    Example:
+
+        expertmesh bench gate --json
+    """
+    from expertmesh.bench import gate
+    from expertmesh.bench.gate_picture import draw_gates
+
+    with stderr.status(MEASURING) as status:
+        report = gate.run(rounds=rounds, windows=windows, report=status.update)
+    if picture is not None:
+        draw_gates(report, picture)
+    if as_json:
+        _print_json(report)
+        return
+    title = f"{report['text']['tokens']:,} tokens that the tiny model has not seen"
+    table = Table(title=title, title_style="", box=None, header_style="dim")
+    for column in ("gate", "loss", "", "rows per token", "", "tokens/s", "over its own"):
+        table.add_column(column, justify="left" if column == "gate" else "right")
+    for name, of in report["gates"].items():
+        pace, over = of["tokens_per_second"]["median"], of["pace_over_own"]
+        table.add_row(
+            f"{name} *" if of["depends_on_batch"] else name,
+            f"{of['loss']:.4f}",
+            f"{of['higher_loss']:+.2%}",
+            f"{of['rows_per_token']:.3f}",
+            f"{of['rows_over_own'] - 1:+.0%}",
+            f"{pace:,.0f}",
+            f"{over['median']:.2f} ({over['p10']:.2f} to {over['p90']:.2f})",
+        )
+    stdout.print(table)
+    stdout.print("* an answer depends on what else is in the batch", highlight=False)
+    wish, by = report["wish"], report["fulfilled_by"]
+    asked = f"{wish['fewer_rows']:.0%} fewer rows for at most {wish['higher_loss']:.0%} more loss"
+    stdout.print(f"{asked}: {'; '.join(by) or 'none of them'}.", highlight=False)
+
+
 @app.command("kernel")
 def kernel_bench(
     as_json: AsJson = False,

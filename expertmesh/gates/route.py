@@ -24,6 +24,7 @@ from expertmesh.gates.select import (
     sigmoid_topk,
     softmax_topk,
     sqrt_softplus_topk,
+    threshold,
     top_p,
     topk_softmax,
 )
@@ -121,6 +122,12 @@ def _top_p(spec: GateSpec, given: GateInput, generator: torch.Generator | None) 
     return top_p(given.logits_TE, spec.top_p, k=spec.k, normalize=spec.normalize, scale=spec.scale)
 
 
+def _threshold(spec: GateSpec, given: GateInput, generator: torch.Generator | None) -> Choices:
+    assert spec.ratio is not None
+    assert spec.k is not None
+    return threshold(given.logits_TE, spec.ratio, spec.k, normalize=spec.normalize, scale=spec.scale)
+
+
 def _expert_choice(spec: GateSpec, given: GateInput, generator: torch.Generator | None) -> Choices:
     capacity = spec.capacity(len(given.logits_TE))
     assert capacity is not None
@@ -141,6 +148,7 @@ GATES: dict[str, Gate] = {
     "noisy-topk": _noisy,
     "hash": _hash,
     "top-p": _top_p,
+    "threshold": _threshold,
     "expert-choice": _expert_choice,
     "dense": _dense,
 }

@@ -134,6 +134,19 @@ def top_p(
     return weigh(probs_TE, index_TK.where(sum_before_TK < p, NO_EXPERT), normalize=normalize, scale=scale)
 
 
+def threshold(logits_TE: torch.Tensor, ratio: float, k: int, *, normalize: bool = False, scale: float = 1.0) -> Choices:
+    """Of the k experts with the best probabilities, those that have `ratio` times the best one's or more.
+
+    Dynamic expert skipping (Lu et al., arXiv 2402.14800, where k is 2 and the ratio is called beta). The rest as in
+    `top_p`.
+    """
+    probs_TE = softmax(logits_TE)
+    index_TK = best_k(probs_TE, k)
+    best_TK = probs_TE.gather(1, index_TK)
+    kept_TK = index_TK.where(best_TK >= ratio * best_TK[:, :1], NO_EXPERT)
+    return weigh(probs_TE, kept_TK, normalize=normalize, scale=scale)
+
+
 def scored_topk(
     scores_TE: torch.Tensor,
     k: int,

@@ -57,7 +57,7 @@ class GateSpec:
     num_experts: int | None = None
     """Of the layer. None leaves it open, and unchecked what depends on it, until `for_layer`."""
     k: int | None = None
-    """Experts for each token; with top-p, the most."""
+    """Experts for each token; with top-p and threshold, the most."""
     normalize: bool = False
     """Whether a token's weights sum to one."""
     scale: float = 1.0
@@ -69,6 +69,8 @@ class GateSpec:
     """One of GROUP_SCORES."""
     top_p: float | None = None
     """The probability that a token's experts have together."""
+    ratio: float | None = None
+    """The probability that an expert must have, over the best one's of the token."""
     capacity_factor: float | None = None
     """What an expert has room for, over its even share of the choices. None: no limit."""
     overflow: str = "drop"
@@ -89,6 +91,8 @@ class GateSpec:
         self._check_groups()
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"gate.top_p is {self.top_p:g}: use a probability above 0 and at most 1")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ConfigError(f"gate.ratio is {self.ratio:g}: use a number above 0 and at most 1")
         if self.capacity_factor is not None:
             expert_capacity(1, 1, 1, self.capacity_factor)
         if not (math.isfinite(self.scale) and self.scale > 0):

@@ -107,6 +107,14 @@ STRATEGIES: dict[str, Strategy] = {
         needs=("top_p",),
         takes=("k", "normalize", "scale"),
     ),
+    "threshold": Strategy(
+        title="of the k best, those that are not far behind the best",
+        paper="Dynamic expert skipping: Lu et al. 2024 (arXiv 2402.14800)",
+        purpose="to serve a model of k experts with fewer, where the others would weigh little",
+        cost="1 to k rows, by how far the best expert is ahead",
+        needs=("k", "ratio"),
+        takes=("normalize", "scale"),
+    ),
     "expert-choice": Strategy(
         title="each expert takes its best tokens",
         paper="Zhou et al. 2022 (arXiv 2202.09368, equations 1 and 2)",

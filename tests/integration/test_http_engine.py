@@ -86,6 +86,15 @@ def ids_of(text: str) -> list[int]:
     return list(CODEC.encode(text, add_special_tokens=False))
 
 
+async def test_a_gate_of_the_requests_own_reaches_the_engine(http):
+    body = {"prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0, "gate": {"strategy": "dense"}}
+    for changed in (body, body | {"max_tokens": 1, "echo": False}):
+        answer = await http.post("/v1/completions", json=changed)
+        assert answer.status_code == 400, "this engine was made without gates to change"
+        assert answer.json()["error"]["param"] == "gate"
+        assert "this model's gate cannot be changed" in answer.json()["error"]["message"]
+
+
 async def test_a_greedy_completion_is_what_the_model_generates(http, model):
     body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12, "return_token_ids": True, "ignore_eos": True}
     choice = (await http.post("/v1/completions", json=body)).json()["choices"][0]

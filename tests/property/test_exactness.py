@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.ids import ExpertId
+from expertmesh.gates.choices import NO_EXPERT
+from expertmesh.ids import ExpertId, HostId
 from expertmesh.kernels.spec import ExpertSpec
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.layer import MoeLayer
@@ -68,6 +69,50 @@ def holdings(draw: st.DrawFn) -> dict[str, list[ExpertId]]:
 @settings(max_examples=40, deadline=None)
 def test_output_is_the_same_bit_for_bit(dtype: str, held, cuts) -> None:
     assert torch.equal(run(dtype, held, cuts), undisturbed(dtype))
+
+
+@given(
+    held=holdings(),
+    nowhere=st.sets(st.integers(0, NUM_TOKENS * NUM_CHOICES - 1)),
+    dead=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_pairs_of_no_expert_cost_nothing_and_change_nothing(held, nowhere: set[int], dead: bool) -> None:
+    """The same rows as without them, zero in their places, no word of them to a host; also when one is gone."""
+    x, index, _ = batch("float32")
+    flat = index.clone().reshape(-1)
+    flat[sorted(nowhere)] = NO_EXPERT
+    everywhere = [ExpertId(LAYER, e) for e in range(NUM_EXPERTS)]
+    placement = mixture("float32").placement(held | {"all": everywhere})
+    hosts = mixture("float32").hosts(placement)
+    if dead:
+        del hosts[HostId("h0")]  # its pairs are sent again, to the one that has all
+    asked = _Asked(hosts)
+    exchange = Exchange(asked, placement)
+    rows = exchange.run(LAYER, x, flat.reshape(index.shape)).flatten(0, 1)
+    # Without them: every pair that is left as a token with one choice.
+    left = (flat >= 0).nonzero()[:, 0]
+    expected = exchange.run(LAYER, x[left // NUM_CHOICES], flat[left, None])[:, 0]
+    exchange.close()
+    assert torch.equal(rows[left], expected)
+    assert not rows[sorted(nowhere)].any()
+    assert asked.pairs == 2 * len(left)
+
+
+class _Asked(LocalTransport):
+    """Counts the pairs that hosts which are there are asked for."""
+
+    def __init__(self, hosts) -> None:
+        super().__init__(hosts)
+        self._there = hosts
+        self.pairs = 0
+
+    def send(self, host, request) -> int:
+        if host.id in self._there:
+            assert min(request.counts) > 0
+            assert min(request.experts) >= 0
+            self.pairs += sum(request.counts)
+        return super().send(host, request)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])

@@ -22,6 +22,7 @@ from expertmesh.gates.select import (
     sigmoid_topk,
     softmax_topk,
     sqrt_softplus_topk,
+    threshold,
     top_p,
     topk_softmax,
 )
@@ -60,11 +61,12 @@ SPECS = {
     "noisy-topk": {"k": 2},
     "hash": {"k": 2},
     "top-p": {"top_p": 0.6, "k": 5, "normalize": True},
+    "threshold": {"ratio": 0.5, "k": 3, "normalize": True},
     "expert-choice": {"capacity_factor": 2.0},
     "dense": {},
 }
 WIDTH = {"softmax-topk": 2, "topk-softmax": 3, "sigmoid-topk": 2, "sqrt-softplus-topk": 2, "switch": 1, "gshard": 2}
-WIDTH |= {"noisy-topk": 2, "hash": 2, "top-p": 5, "expert-choice": 8, "dense": 8}
+WIDTH |= {"noisy-topk": 2, "hash": 2, "top-p": 5, "threshold": 3, "expert-choice": 8, "dense": 8}
 eight_experts = logits_of(8)
 
 
@@ -216,6 +218,23 @@ def test_top_p_takes_the_fewest_experts_that_reach_p(logits: torch.Tensor, p: fl
         reached = probs[t, chosen].double().sum().item()
         assert reached > p - 1e-6 or len(chosen) == (most or num_experts)
         assert reached - probs[t, chosen[-1]].item() < p + 1e-6
+
+
+@quick
+@given(logits=logits_of(), ratio=st.floats(0.05, 1.0), data=st.data())
+def test_threshold_keeps_of_the_best_those_that_are_not_far_behind(logits: torch.Tensor, ratio: float, data) -> None:
+    most = data.draw(st.integers(1, logits.shape[1]))
+    choices, summed = threshold(logits, ratio, most), threshold(logits, ratio, most, normalize=True, scale=2.5)
+    for token, row in enumerate(logits.softmax(-1).tolist()):
+        kept = choices.index_TK[token][choices.is_expert_TK[token]].tolist()
+        best = ranked(row)[:most]
+        assert kept == best[: len(kept)]
+        assert row[kept[-1]] > ratio * row[best[0]] * (1 - 1e-6)
+        assert len(kept) == most or row[best[len(kept)]] < ratio * row[best[0]] * (1 + 1e-6)
+        weights = [row[expert] for expert in kept] + [0.0] * (most - len(kept))
+        assert choices.weights_TK[token].tolist() == weights
+        expected = [2.5 * weight / sum(weights) for weight in weights]
+        assert summed.weights_TK[token].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_top_p_spends_one_expert_on_a_sure_token_and_all_on_an_unsure_one() -> None:

@@ -11,6 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 from expertmesh.config import MeshConfig, parse_config
 from expertmesh.config_file import load_config
 from expertmesh.errors import ConfigError
+from expertmesh.gates.spec import GateSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -45,6 +46,20 @@ def test_the_models_that_people_ask_for_have_configs() -> None:
         ),
         ({"network": {"tls": {"ca": "x", "key": "y"}}}, "config: network.tls.certificate: Field required"),
         ({"gateway": {"api_keys": [{"name": "a", "sha256": "plain"}]}}, "config: gateway.api_keys.0.sha256: String sh"),
+        ({"gate": {"strategy": "topp", "top_p": 0.5}}, "config: gate: gate.strategy 'topp' is unknown: did you mean"),
+        ({"gate": {"strategy": "top-p"}}, "config: gate: gate.top_p is missing: the strategy top-p needs it"),
+        ({"gate": {"strategy": "softmax-topk", "k": 0}}, "config: gate: gate.k is 0: use at least 1"),
+        ({"gate": {"strategy": "softmax-topk", "kk": 2}}, "config: gate: unknown key 'kk'; did you mean 'k'?"),
+        (
+            {"gate": {"strategy": "switch", "capacity_factor": 0, "depends_on_batch": True}},
+            "config: gate: gate.capacity_factor 0 gives a capacity below one token",
+        ),
+        (
+            {"gate": {"strategy": "gshard", "capacity_factor": 1.25}},
+            "config: gate: gate.capacity_factor of gshard makes a token's experts depend on the others of its batch,"
+            " so that answers would differ from batch to batch: set gate.depends_on_batch to true",
+        ),
+        ({"gate": {"strategy": "hash", "k": 2}}, "config: gate: gate.strategy hash needs token_T and table_VK, which"),
         ({"dtype": "int3"}, "config: dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
     ],
 )
@@ -74,6 +89,21 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, change, message: str
         load_config(path)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_gate_is_what_the_config_says_and_for_any_layer() -> None:
+    assert MeshConfig().gate is None
+    told = {"strategy": "threshold", "k": 2, "ratio": 0.5, "normalize": True}
+    gate = parse_config({"gate": told}).gate
+    assert gate is not None
+    assert gate.spec == GateSpec(**told)
+    assert gate.spec.for_layer(16) == GateSpec(**told, num_experts=16)
+    with pytest.raises(ConfigError, match=r"gate\.k is 2, but the layer has 1 experts"):
+        gate.spec.for_layer(1)
+    batched = {"strategy": "switch", "capacity_factor": 1.0}
+    allowed = parse_config({"gate": batched | {"depends_on_batch": True}}).gate
+    assert allowed is not None
+    assert allowed.spec == GateSpec(**batched)
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1", "", "applications: 3"])

@@ -28,6 +28,9 @@ BAD = [
     ({"strategy": "top-p", "top_p": 0.0}, r"gate\.top_p is 0: use a probability above 0 and at most 1"),
     ({"strategy": "top-p", "top_p": 1.01}, r"gate\.top_p is 1\.01"),
     ({"strategy": "top-p", "top_p": float("nan")}, r"gate\.top_p is nan"),
+    ({"strategy": "threshold", "k": 2}, r"gate\.ratio is missing: the strategy threshold needs it"),
+    ({"strategy": "threshold", "k": 2, "ratio": 1.5}, r"gate\.ratio is 1\.5: use a number above 0 and at most 1"),
+    ({"strategy": "threshold", "k": 9, "ratio": 0.5}, r"gate\.k is 9, but the layer has 8"),
     (
         {"strategy": "dense", "top_p": 0.5},
         r"gate\.top_p has no meaning for the strategy dense: remove it, or use top-p",

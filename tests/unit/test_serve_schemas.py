@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from expertmesh.errors import InvalidRequestError
+from expertmesh.gates.spec import GateSpec
 from expertmesh.serve.schemas import NO_OP_ONLY, ChatBody, ChatMessage, CompletionBody
 
 TALK = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -29,6 +30,32 @@ def test_what_other_servers_take_and_we_have_no_use_for_is_ignored():
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NO_OP_ONLY.items() for value in values])
 def test_a_value_that_changes_nothing_is_taken_where_the_field_is_not_supported(name, value):
     assert completion(**{name: value}) == completion()
+
+
+def test_a_gate_is_that_of_the_configs_fields():
+    told = {"strategy": "top-p", "top_p": 0.5, "k": 2, "normalize": True}
+    assert completion(gate=told).gate == GateSpec(**told)
+    assert ChatBody.model_validate({**TALK, "gate": told}).gate == GateSpec(**told)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("switch", "gate must be an object"),
+        ({}, r"^gate\.strategy: Field required"),
+        ({"strategy": "topp"}, r"^gate\.strategy 'topp' is unknown: did you mean top-p"),
+        ({"strategy": "softmax-topk", "k": "2"}, r"^gate\.k: Input should be a valid integer"),
+        ({"strategy": "softmax-topk", "kk": 2}, "^gate: unknown key 'kk'; did you mean 'k'"),
+        ({"strategy": "hash", "k": 1}, r"^gate\.strategy hash needs token_T and table_VK"),
+        ({"strategy": "switch", "capacity_factor": 1.0}, "depend on the others of its batch; a request may not have"),
+        ({"strategy": "expert-choice", "capacity_factor": 1.0}, "depend on the others of its batch; a request may not"),
+        ({"strategy": "switch", "capacity_factor": 1.0, "depends_on_batch": True}, "is not a request's to set"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused_by_name(gate, message):
+    with pytest.raises(InvalidRequestError, match=message) as refused:
+        completion(gate=gate)
+    assert (refused.value.param, refused.value.status) == ("gate", 400)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,16 @@ def test_no_tokens_are_no_record() -> None:
     assert recorder.take() == b""
 
 
+def test_exchanges_of_another_gate_are_left_out_and_counted() -> None:
+    recorder = TraceRecorder(HEADER, Ticking())
+    recorder.record(0, np.array([[0, 3], [1, -1]]))
+    recorder.record(0, np.array([[0, 3, 2]]))
+    recorder.record(0, INDEX_TK)
+    decoder, records = decoded(recorder.take())
+    assert [record.index_TK.tolist() for record in records] == [INDEX_TK.tolist()]
+    assert decoder.num_dropped == recorder.num_dropped == 2
+
+
 def test_what_finds_no_room_is_left_out_and_counted_in_the_trace() -> None:
     recorder = TraceRecorder(HEADER, Ticking(), max_bytes=40)
     for _ in range(10):
