@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from expertmesh.errors import ConfigError
 from expertmesh.kernels import cpu
-from expertmesh.kernels.cpu import BY_FOURS, MAX_PAIRS, MAX_ROWS, ONE_ROW, CpuKernel, choose_arithmetic, plain
+from expertmesh.kernels.blocks import MAX_PAIRS
+from expertmesh.kernels.cpu import BY_FOURS, MAX_ROWS, ONE_ROW, CpuKernel, choose_arithmetic, plain
 from expertmesh.kernels.reference import ReferenceKernel
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertWeights
 from tests.kernels.cases import (
