@@ -1,4 +1,4 @@
-"""A host that is trained, under any orders to train: the trainer that it has goes on, bit for bit, after each of them."""
+"""A host that is trained, under any orders to train: the trainer that it has goes on after each, bit for bit."""
 
 from __future__ import annotations
 

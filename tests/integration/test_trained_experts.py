@@ -88,7 +88,7 @@ def test_it_learns_as_in_one_process_and_a_death_on_the_way_changes_nothing(root
         assert killed
         assert again == undisturbed  # bit for bit
         fleet.kill(1)
-        with pytest.raises(TrainingLostError, match="is lost: .*; restore the last checkpoint"):
+        with pytest.raises(TrainingLostError, match=r"is lost: .*; restore the last checkpoint"):
             experts.step(0.1)
         with pytest.raises(TrainingLostError, match="restore the last checkpoint"):
             experts.rows(0, torch.zeros(1, LAYER.hidden), torch.zeros(1, 1, dtype=torch.int64))
@@ -99,8 +99,9 @@ def test_one_clear_error_each_for_what_cannot_be_trained(root, fleet) -> None:
     folder = root / "refused"
     new_folder(folder, layer_config(hidden=H, intermediate=5, num_experts=2), seed=1)
     first, second = fleet.addresses
+    twice = {ExpertId(0, 0): [first], ExpertId(0, 1): [first, second]}
     cases = {
-        "expert 0:1 has 2 replicas, and to be trained it must have one": {ExpertId(0, 0): [first], ExpertId(0, 1): [first, second]},
+        "expert 0:1 has 2 replicas, and to be trained it must have one": twice,
         "expert 0:1 has 0 replicas": {ExpertId(0, 0): [first]},
         "at here:1, which is not among hosts": {ExpertId(0, 0): ["here:1"], ExpertId(0, 1): [first]},
     }  # fmt: skip

@@ -86,15 +86,15 @@ def test_one_clear_error_each_for_what_does_not_fit(folder) -> None:
         MoELayer(experts, TOP2)(torch.zeros(2, 7))
     with pytest.raises(ConfigError, match="did you mean softmax-topk"):
         GateSpec(strategy="softmax-top", num_experts=E, k=2)
-    with pytest.raises(ConfigError, match="gate.num_experts is 8, but layer 0 has 4: use 4"):
+    with pytest.raises(ConfigError, match=r"gate.num_experts is 8, but layer 0 has 4: use 4"):
         MoELayer(experts, GateSpec(strategy="dense", num_experts=8))
     with pytest.raises(ConfigError, match="no layer 2; the experts are of layers 0 to 1"):
         MoELayer(experts, TOP2, layer=2)
     with pytest.raises(ConfigError, match="hash needs token ids"):
         MoELayer(experts, GateSpec(strategy="hash", num_experts=E, k=1))
-    with pytest.raises(ConfigError, match="optimizer.name 'adam' is unknown: did you mean adamw"):
+    with pytest.raises(ConfigError, match=r"optimizer.name 'adam' is unknown: did you mean adamw"):
         Optimizer(name="adam")
-    with pytest.raises(ConfigError, match="optimizer.beta2 is nan"):
+    with pytest.raises(ConfigError, match=r"optimizer.beta2 is nan"):
         Optimizer(beta2=float("nan"))
     with pytest.raises(ConfigError, match="layer: hidden: "):
         layer_config(hidden=0, intermediate=1, num_experts=1)
@@ -111,7 +111,7 @@ def test_a_folder_says_what_it_is_and_what_is_wrong_with_it(folder, tmp_path) ->
     assert not is_layer_folder(tmp_path)
     assert read_config(folder) == CONFIG
     assert len(index_layers(folder).recipes) == 2 * E
-    with pytest.raises(CheckpointError, match="cannot read config.json"):
+    with pytest.raises(CheckpointError, match=r"cannot read config.json"):
         read_config(tmp_path)
     config = (folder / "config.json").read_text()
     new_folder(tmp_path / "a", CONFIG)
