@@ -74,8 +74,9 @@ class TrainingService(TrainingServicer):
         )
 
     async def _begin(self, session: int, step: int, optimizer: Optimizer) -> None:
-        self._replicas = None
         recipes, configuration = dict(self._service.recipes), self._host.configuration
+        if self._replicas is not None and self._replicas.configuration is not configuration:
+            self._replicas = None  # of no more use, and large
         check_memory(self._host, list(recipes), optimizer)
         assert configuration is not None
         assert self._service.root is not None

@@ -176,7 +176,7 @@ def main() -> None:
 def _compare(root: Path, seed: int, fleet: Fleet, given: argparse.Namespace) -> str:
     new_folder(root / "new", LAYER, seed)
     local = train(LocalExperts(root / "new"), seed, given.steps)
-    killed = []
+    killed: list[int] = []
 
     def before(step: int) -> None:
         if step == given.kill_at and not killed:

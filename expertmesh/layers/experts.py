@@ -17,7 +17,6 @@ from expertmesh.moe.exchange import Exchange
 from expertmesh.transport.network import NetworkTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Any
 
     from expertmesh.tls import TlsFiles
@@ -30,7 +29,7 @@ class Experts(Protocol):
     """Width of a row."""
     dtype: torch.dtype
     """Of a row."""
-    num_experts: Sequence[int]
+    num_experts: tuple[int, ...]
     """Per layer."""
 
     def rows(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:

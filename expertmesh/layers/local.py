@@ -43,7 +43,7 @@ class LocalExperts(nn.Module):
 
     def weights(self, expert: ExpertId) -> ExpertWeights:
         """One expert's parameters."""
-        return ExpertWeights(**{name: self.get_parameter(_name(expert, name)) for name in self._spec.shapes})
+        return ExpertWeights(**{name: getattr(self, _name(expert, name)) for name in self._spec.shapes})
 
     def rows(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         rows_TKH = x_TH.new_zeros(*index_TK.shape, x_TH.shape[1])

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from expertmesh.moe.exchange import Exchange
 
 
 def combine(rows_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """Sum each token's expert rows with its gate weights: y_TH in the rows' dtype.
 
-    Products and sums are float32, one k after the other in the gate's order, rounded once. Element-wise steps on
-    purpose: a reduction kernel may pick another order for another shape, and the answer must not depend on the batch.
+    Products and sums are float32 (float64 if rows are), one k after the other in the gate's order, rounded once.
+    Element-wise steps on purpose: a reduction kernel may pick another order for another shape, and the answer must not
+    depend on the batch.
     """
-    weights = weights_TK.float().unsqueeze(-1)
-    total = rows_TKH[:, 0].float() * weights[:, 0]
+    wide = torch.promote_types(rows_TKH.dtype, torch.float32)
+    weights = weights_TK.to(wide).unsqueeze(-1)
+    total = rows_TKH[:, 0].to(wide) * weights[:, 0]
     for k in range(1, rows_TKH.shape[1]):
-        total += rows_TKH[:, k].float() * weights[:, k]
+        total += rows_TKH[:, k].to(wide) * weights[:, k]
     return total.to(rows_TKH.dtype)
 
 
