@@ -35,7 +35,7 @@ def judge(history: History) -> list[Verdict]:
 
 
 def fired(history: History) -> Verdict:
-    """Each fault really happened."""
+    """As many faults really happened as must."""
     open_ones = [strike for strike in history.strikes if not strike.proof]
     says = f"{len(history.strikes) - len(open_ones)} of {len(history.strikes)} strikes are proven"
     if open_ones:
@@ -43,7 +43,8 @@ def fired(history: History) -> Verdict:
         says += f"; not: {'+'.join(first.kinds)} on {first.target} ({first.problem or 'no sign of it was seen'})"
     if history.stuck:
         says += f"; {history.stuck}"
-    return Verdict(name="fired", holds=not open_ones and not history.stuck and bool(history.strikes), says=says)
+    share = 1 - len(open_ones) / len(history.strikes) if history.strikes else 0.0
+    return Verdict(name="fired", holds=share >= history.script.must.fired and not history.stuck, says=says)
 
 
 def answered(history: History) -> Verdict:

@@ -136,8 +136,11 @@ class LoadSection(Section):
 
 
 class MustSection(Section):
-    """What has to hold, besides: each fault fired, each answer is the undisturbed one, the mesh is whole at the end."""
+    """What has to hold, besides: each answer is the undisturbed one, the mesh is whole at the end."""
 
+    fired: float = Field(default=1.0, gt=0, le=1)
+    """Share of the faults that are proven to have happened. In a mix drawn at random, some find nothing to hit: a host
+    that is silent, say, of which nothing is asked."""
     success: float = Field(default=1.0, ge=0, le=1)
     """Share of the requests that are answered."""
     stall_p50: Seconds | None = None
