@@ -5,7 +5,7 @@ To read how a token is made, follow the token plane, from the request inwards:
     serve/gateway.py      HTTP, text and chat templates       -> serve/openai_api.py and its endpoints
     serve/resume.py       requests outlive their routers      -> serve/admission.py, those that there is no place for
     serve/router.py       one copy of the dense model         -> engine/ (which requests run, which token comes next)
-    backbone/             transformers' model, experts taken out
+    backbone/             transformers' model, experts taken out    -> families/, how each model has its experts
     moe/layer.py          exchange, then the weighted sum     -> moe/dispatch.py, moe/exchange.py,
                                                                  moe/health.py (whom a router trusts), moe/checks.py
     transport/network.py  rows to a host and back: grpc_link, or socket_link within a machine

@@ -51,6 +51,7 @@ def _is_plain(module: torch.nn.Linear) -> bool:
         and "forward" not in vars(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype in _DTYPES
+        and len(module.weight) > 0  # what is left of an expert that was taken out
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -56,23 +57,31 @@ def model() -> Any:
     return build_model(architecture, vocab_size=VOCAB)
 
 
+LIMITS = EngineConfig(
+    max_requests=4,
+    max_context=CONTEXT,
+    max_batch_tokens=32,
+    max_queue=MAX_QUEUE,
+    kv_tokens=4 * CONTEXT,
+    page_size=8,
+)
+
+
 @pytest.fixture(scope="module")
 def engine(model) -> Iterator[Engine]:
-    limits = EngineConfig(
-        max_requests=4,
-        max_context=CONTEXT,
-        max_batch_tokens=32,
-        max_queue=MAX_QUEUE,
-        kv_tokens=4 * CONTEXT,
-        page_size=8,
-    )
-    engine = make_engine(model, limits)
+    engine = make_engine(model, LIMITS)
     yield engine
     engine.close()
 
 
 @pytest_asyncio.fixture
 async def http(engine) -> AsyncIterator[httpx.AsyncClient]:
+    async with client(engine) as http:
+        yield http
+
+
+@asynccontextmanager
+async def client(engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
     card = ModelCard(name="tiny", root="tiny", max_context=CONTEXT, vocab_size=VOCAB, created=0)
     app = create_app(EngineBackend(engine), card, CODEC, Limits())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=60) as http:
@@ -131,3 +140,23 @@ async def test_more_than_the_queue_can_hold_is_told_to_retry(http):
     assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
     assert int(response.headers["retry-after"]) >= 1
     assert (await http.post("/v1/completions", json={"prompt": [5], "max_tokens": 1})).status_code == 200
+
+
+async def test_an_encoder_decoder_answers_what_its_decoder_writes():
+    model = build_model(
+        Architecture(experts_class="", model_type="switch_transformers", auto_class=None), vocab_size=VOCAB
+    )
+    engine = make_engine(model, LIMITS)
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12, "return_token_ids": True, "ignore_eos": True}
+    try:
+        async with client(engine) as http:
+            choice = (await http.post("/v1/completions", json=body)).json()["choices"][0]
+            scored = await http.post("/v1/completions", json={**body, "echo": True, "logprobs": 1})
+    finally:
+        engine.close()
+    prompt = torch.tensor([ids_of(PROMPT)])
+    with torch.no_grad():
+        generated = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert choice["token_ids"] == generated[0, 1:].tolist()
+    assert choice["text"] == CODEC.decode(generated[0, 1:].tolist(), skip_special_tokens=True)
+    assert (scored.status_code, scored.json()["error"]["param"]) == (400, "echo")
