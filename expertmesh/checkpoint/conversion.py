@@ -114,8 +114,6 @@ def deinterleave(stack: Stack) -> Stack:
 
 def join(stacks: Sequence[Stack]) -> Stack:
     """Join the rows of each expert."""
-    if len(stacks) == 1:
-        return stacks[0]
     recipes = [recipe for stack in stacks for recipe in stack]
     if any(recipe.deinterleave or recipe.transpose != recipes[0].transpose for recipe in recipes):
         raise UnsupportedConversionError("joined after its parts were reordered")

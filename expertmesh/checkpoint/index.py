@@ -140,7 +140,8 @@ def _layer_recipes(name: str, layout: Layout, stacks: Mapping[str, Stack]) -> li
             stack = transpose(stack)
         return deinterleave(stack) if parameter.interleaved else stack
 
-    w_in, w_out = join([take(parameter) for parameter in layout.w_in]), take(layout.w_out)
+    parts, w_out = [take(parameter) for parameter in layout.w_in], take(layout.w_out)
+    w_in = parts[0] if len(parts) == 1 else join(parts)
     if layout.b_in is None or layout.b_out is None:
         return [ExpertRecipe(w_in=a, w_out=b) for a, b in zip(w_in, w_out, strict=True)]
     biases = zip(take(layout.b_in), take(layout.b_out), strict=True)

@@ -9,6 +9,7 @@ Shapes: T tokens, K experts per token, E experts, H hidden, P = T * K (token, ex
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,6 @@ from expertmesh.errors import CheckpointError
 from expertmesh.families.decorated import choose_as_told
 from expertmesh.families.family import Family, Layout, Parameter, rows_alone
 from expertmesh.gates.choices import NO_EXPERT, Choices
-from expertmesh.moe.layer import combine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,6 +31,11 @@ def _gated_by(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[tor
         return function(gate_RI) * up_RI
 
     return activate
+
+
+def _add_up(parts_TKN: torch.Tensor) -> torch.Tensor:
+    """The sum over K, one after the other, in float32: a reduction may take another order in another batch."""
+    return functools.reduce(torch.add, parts_TKN.float().unbind(dim=1))
 
 
 # --- called as the experts interface is, but without it ---------------------------------------------------------------
@@ -93,8 +98,8 @@ def _longcat_forward(
     module: Any, layer: MoeLayerFn, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
     chosen = _longcat_choose(module, x_TH, index_TK, weights_TK)
-    zero_weights_TK = weights_TK.masked_fill(chosen.index_TK != NO_EXPERT, 0.0)
-    unchanged_TH = combine(x_TH.unsqueeze(1).expand(-1, index_TK.shape[1], -1), zero_weights_TK)
+    zero_weights_T1 = _add_up(weights_TK.masked_fill(chosen.index_TK != NO_EXPERT, 0.0).unsqueeze(-1))
+    unchanged_TH = (x_TH.float() * zero_weights_T1).to(x_TH.dtype)
     return layer(x_TH, chosen.index_TK, chosen.weights_TK) + unchanged_TH
 
 
@@ -125,7 +130,7 @@ def _llama4_forward(
     x_TH = hidden_states.flatten(0, -2)
     chosen = _llama4_choose(module, x_TH)
     scaled_TKH = x_TH.unsqueeze(1) * chosen.weights_TK.unsqueeze(-1)
-    routed_TH = combine(rows_alone(layer, scaled_TKH, chosen.index_TK), torch.ones_like(chosen.weights_TK))
+    routed_TH = _add_up(rows_alone(layer, scaled_TKH, chosen.index_TK)).to(x_TH.dtype)
     return module.shared_expert(x_TH) + routed_TH, None  # the gate's logits, which no caller reads
 
 
