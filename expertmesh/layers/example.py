@@ -189,7 +189,7 @@ def _compare(root: Path, seed: int, fleet: Fleet, given: argparse.Namespace) -> 
         "before": before,
         "replace": fleet.replace,
     }
-    with TrainedExperts(root / "new", fleet.addresses, Optimizer(), token="example") as experts:
+    with TrainedExperts(root / "new", fleet.addresses, Optimizer(), token="example", timeout_s=300) as experts:
         remote = train(experts, seed, given.steps, **options)
     last = max(1, given.steps // 10)
     means = [sum(losses[-last:]) / last for losses in (local, remote)]

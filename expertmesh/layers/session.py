@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
+from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.errors import (
     CheckpointError,
     ConfigError,
@@ -26,6 +27,7 @@ from expertmesh.errors import (
     ReplicaFailedError,
     ReplicaUnavailableError,
     TrainingLostError,
+    one_line,
 )
 from expertmesh.hosts.configuration import configuration_for
 from expertmesh.ids import HostId
@@ -53,7 +55,8 @@ T = TypeVar("T")
 
 _RETRY_S = 0.1
 _TRIES = 20
-"""How often a host is asked that cannot be reached: counted, for a machine that was paused has heard nobody either."""
+"""How often a host is asked where nobody listens: counted, for a machine that was paused has heard nobody either."""
+_CONNECT_S = 5.0
 
 
 class Session:
@@ -78,6 +81,9 @@ class Session:
         """
         if not hosts or len(set(hosts)) != len(hosts):
             raise ConfigError("hosts: give the address of each host, once, and one at least")
+        for address in hosts:
+            if not address.rpartition(":")[2].isdecimal():
+                raise ConfigError(f"hosts: {one_line(address, 60)!r} is no address; write it as host:port")
         self.id = secrets.randbelow(2**64 - 1) + 1
         self.step = step
         self._transport = transport
@@ -161,10 +167,14 @@ class Session:
     def forward(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         """rows_TKH, all on CPU."""
         self._check()
-        try:
-            return self._exchange.run(layer, x_TH, index_TK)
-        except (DeadlineExceededError, NoReadyReplicaError, ReplicaFailedError) as error:
-            raise self._lose(error) from error
+        deadline = SYSTEM_CLOCK.monotonic() + self._timeout_s
+        while True:
+            try:
+                return self._exchange.run(layer, x_TH, index_TK)
+            except (DeadlineExceededError, NoReadyReplicaError, ReplicaFailedError) as error:
+                is_early = isinstance(error, NoReadyReplicaError) and SYSTEM_CLOCK.monotonic() < deadline
+                if not (is_early and self._transport.run(self._all_listen())):
+                    raise self._lose(error) from error
 
     def backward(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor, grad_TKH: torch.Tensor) -> torch.Tensor:
         """Have the gradients added up that lead from the loss to the experts: x_grad_TH. All on CPU, of x's dtype."""
@@ -243,12 +253,15 @@ class Session:
         """Give an order, again if the connection breaks. Raises TrainingLostError in the end."""
         cause = f"no answer within {self._timeout_s:g} s"
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        for _ in range(_TRIES):
+        tries = _TRIES
+        while tries:
             try:
                 async with asyncio.timeout_at(deadline):
                     return await order(self._controls[address])
             except ReplicaUnavailableError as error:
                 cause = error.cause
+                if not await _listens(address):
+                    tries -= 1
                 await asyncio.sleep(_RETRY_S)
             except TimeoutError:
                 break
@@ -256,10 +269,25 @@ class Session:
                 raise type(error)(f"host {address}: {error}") from error
         raise TrainingLostError(f"host {address} is lost: {cause}")
 
+    async def _all_listen(self) -> bool:
+        return all(await asyncio.gather(*map(_listens, self._hosts)))
+
     def close(self) -> None:
         """Break its connections; hosts keep what they hold until they are filled anew. Idempotent."""
         self._transport.run(_all(control.close() for control in self._controls.values()))
         self._controls = {}
+
+
+async def _listens(address: str) -> bool:
+    """Whether a process is there, however slow: a kernel connects for those that are too busy to say a word."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 async def _load(host: GrpcTraining, *, expert: ExpertId, recipe: ExpertRecipe) -> None:

@@ -38,7 +38,7 @@ def one_thread():
 
 
 def trained(fleet, folder, optimizer=None, **options) -> TrainedExperts:
-    return TrainedExperts(folder, fleet.addresses, optimizer, token="token", **options)
+    return TrainedExperts(folder, fleet.addresses, optimizer, token="token", timeout_s=150, **options)
 
 
 @pytest.mark.parametrize("strategy", [{"strategy": "softmax-topk", "k": 2}, {"strategy": "top-p", "top_p": 0.5}])
@@ -108,6 +108,8 @@ def test_one_clear_error_each_for_what_cannot_be_trained(root, fleet) -> None:
     for text, placement in cases.items():
         with pytest.raises(ConfigError, match=text):
             trained(fleet, folder, placement=placement)
+    with pytest.raises(ConfigError, match="hosts: 'somewhere' is no address; write it as host:port"):
+        TrainedExperts(folder, ["somewhere"], token="token")
     with pytest.raises(ConfigError, match="hosts: give the address of each host, once"):
         TrainedExperts(folder, [first, first], token="token")
     with trained(fleet, folder) as experts:
