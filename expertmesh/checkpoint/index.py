@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 _CONSTANTS = ("limit", "alpha", "softcap")
 
 
-def index_checkpoint(path: Path, dtype: str | None = None, auto_class: str | None = None) -> CheckpointIndex:
-    """Index the experts of the checkpoint in a folder, for slots of `dtype` (None: the checkpoint's own).
+def index_checkpoint(
+    path: Path, dtype: str | None = None, auto_class: str | None = None, weight_format: str = "dense"
+) -> CheckpointIndex:
+    """Index the experts of the checkpoint in a folder, for slots of `dtype` (None: the checkpoint's own) and one of
+    `kernels.formats.FORMATS`.
 
     `auto_class` must be what the backbone is loaded with: it decides which layers there are (see `read_architecture`).
     Raises CheckpointError if the architecture keeps its experts where or how they cannot be served, or if a tensor is
@@ -51,7 +54,7 @@ def index_checkpoint(path: Path, dtype: str | None = None, auto_class: str | Non
     skeleton = architecture.build_skeleton()
     stored = stored_tensors(path)
     experts = find_experts(skeleton)
-    specs = tuple(_spec(module, architecture.dtype) for module in experts.values())
+    specs = tuple(_spec(module, architecture.dtype, weight_format) for module in experts.values())
     recipes: dict[ExpertId, ExpertRecipe] = {}
     try:
         stacks = _follow(skeleton, experts, stored)
@@ -140,7 +143,7 @@ def _check_shapes(what: str, recipe: ExpertRecipe, spec: ExpertSpec, stored: Map
             raise CheckpointError(f"{what}: stored as {names}, but the config expects {list(shape)} per expert")
 
 
-def _spec(module: Any, dtype: str) -> ExpertSpec:
+def _spec(module: Any, dtype: str, weight_format: str) -> ExpertSpec:
     rows, columns = module.down_proj.shape[1:]
     hidden, intermediate = (columns, rows) if module.is_transposed else (rows, columns)
     return ExpertSpec(
@@ -150,6 +153,7 @@ def _spec(module: Any, dtype: str) -> ExpertSpec:
         bias=module.has_bias,
         activation=_activation(module),
         dtype=dtype,
+        weight_format=weight_format,
     )
 
 

@@ -39,7 +39,7 @@ class ControllerActor:
                 live_identity(tls)  # here, where those who wait for the start hear of what is wrong with the files
             from expertmesh.checkpoint.index import index_checkpoint  # takes seconds: it imports transformers
 
-            return index_checkpoint(resolve(mesh.model), mesh.dtype)
+            return index_checkpoint(resolve(mesh.model), mesh.dtype, weight_format=mesh.experts.weight_format)
 
         self._controller = Controller(
             mesh,

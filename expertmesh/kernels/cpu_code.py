@@ -1,11 +1,13 @@
 """Machine code for the product of rows and panels: each weight is read once, and widened to float32 in registers.
 
 Owns the code and what it is given (`Call`). Knows nothing of experts, of torch, or of who runs it. Its invariant: an
-element of y is one chain of fused multiply-adds from its bias along k = 0, 1, ..., K - 1, by IEEE rules. So its bits
+element of y is one chain of fused multiply-adds from its bias along k = 0, 1, ..., K - 1, by IEEE rules; or from 0,
+if weights are codes, and then one more with its column's scale and its bias. So its bits
 depend on its row and its column alone, and are the same on every processor, whatever the number of rows, of threads and
 of registers.
 
-A panel holds `COLUMNS` columns of y: their float32 biases, then for each k a line of their weights. The code walks down
+A panel holds `COLUMNS` columns of y: their float32 biases, their scales if weights are codes, then for each k a line of
+their weights. The code walks down
 the panel with a tile of up to `TILE_ROWS` rows in registers (the outer product of Goto and van de Geijn, "Anatomy of
 high-performance matrix multiplication", 2008), and fetches what it will need next while it computes.
 
@@ -69,6 +71,13 @@ class Format:
     widen: Callable[[ir.IRBuilder, ir.Value, int], list[ir.Value]]
     needs: frozenset[str]
     """What an x86 processor must have for code that is worth running."""
+    scaled: bool = False
+    """Whether weights are codes, with a scale for each column."""
+
+    @property
+    def head_bytes(self) -> int:
+        """Of a panel, before its first line."""
+        return 4 * COLUMNS * (2 if self.scaled else 1)
 
 
 def _widen_float32(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
@@ -90,12 +99,34 @@ def _widen_bfloat16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.V
     return vectors
 
 
+def _widen_int8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    return [b.sitofp(code, _VECTOR) for code in _bytes(b, address, count)]
+
+
+def _widen_fp8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    """The bits of a float8 e4m3, in place, are those of a float32 whose exponent is biased by 120 more."""
+    vectors = []
+    for code in _bytes(b, address, count):
+        moved = b.shl(code, ir.Constant(_INTS, [20] * LANES))
+        bits = b.and_(moved, ir.Constant(_INTS, [0x87F00000] * LANES))
+        vectors.append(b.fmul(b.bitcast(bits, _VECTOR), ir.Constant(_VECTOR, [2.0**120] * LANES)))
+    return vectors
+
+
+def _bytes(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    """Vectors of bytes as signed numbers of 32 bits."""
+    kind = ir.VectorType(_I8, LANES)
+    return [b.sext(b.load(_at(b, address, v * LANES), typ=kind, align=LANES), _INTS) for v in range(count)]
+
+
 FORMATS = {
     "float32": Format(itemsize=4, widen=_widen_float32, needs=frozenset({"avx2", "fma"})),
     "bfloat16": Format(itemsize=2, widen=_widen_bfloat16, needs=frozenset({"avx2", "fma"})),
     "float16": Format(itemsize=2, widen=_widen_float16, needs=frozenset({"avx2", "fma", "f16c"})),
+    "int8": Format(itemsize=1, widen=_widen_int8, needs=frozenset({"avx2", "fma"}), scaled=True),
+    "fp8": Format(itemsize=1, widen=_widen_fp8, needs=frozenset({"avx2", "fma"}), scaled=True),
 }
-"""By the dtype of the weights."""
+"""By the dtype of the weights, or the name of their codes."""
 
 
 @functools.cache
@@ -155,7 +186,7 @@ def _product(module: ir.Module, form: Format, tiles: list[ir.Function]) -> None:
     num_panels, chunk, per_block = field("num_panels"), field("chunk"), field("panels_per_block")
     depth, width = field("depth"), field("width")
     x, y, blocks = field("x", _POINTER), field("y", _POINTER), field("blocks", _POINTER)
-    panel_bytes = b.mul(b.add(b.mul(depth, _I64(form.itemsize)), _I64(4)), _I64(COLUMNS))
+    panel_bytes = b.add(b.mul(depth, _I64(form.itemsize * COLUMNS)), _I64(form.head_bytes))
     b.branch(take)
 
     b.position_at_end(take)
@@ -214,7 +245,7 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
     count = VECTORS if num_rows <= WHOLE_PANEL_ROWS else VECTORS // 2
     vector_bytes = LANES * form.itemsize
     for start in range(0, VECTORS, count):
-        lines = _at(b, panel, 4 * COLUMNS + start * vector_bytes)
+        lines = _at(b, panel, form.head_bytes + start * vector_bytes)
         if count == VECTORS:
             ahead = _at(b, lines, NEAR_BYTES)
         else:  # each walk is bound by arithmetic, and fetches its share of the whole next panel meanwhile
@@ -231,7 +262,12 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
             return [b.call(module.globals[_FMA], [*pair, one]) for pair, one in zip(factors, sums, strict=True)]
 
         biases = [_load(b, panel, 4 * LANES * v, _VECTOR) for v in range(start, start + count)]
-        sums = _loop(b, depth, biases * num_rows, step)
+        zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * count
+        sums = _loop(b, depth, (zeros if form.scaled else biases) * num_rows, step)
+        if form.scaled:
+            scales = [_load(b, panel, 4 * (COLUMNS + LANES * v), _VECTOR) for v in range(start, start + count)]
+            terms = zip(sums, scales * num_rows, biases * num_rows, strict=True)
+            sums = [b.call(module.globals[_FMA], [*term]) for term in terms]
         for r, y_row in enumerate(y_rows):
             for v in range(count):
                 b.store(sums[r * count + v], _at(b, y_row, 4 * LANES * (start + v)), align=4)

@@ -24,6 +24,15 @@ def test_all_sides_of_the_bench_compute_the_same():
         np.testing.assert_allclose(rows, whole["expertmesh"], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("weight_format", ["int8", "int4_g64", "fp8"])
+def test_a_quantized_side_is_alone_and_its_weights_are_of_the_usual_size(weight_format):
+    with somewhere() as call:
+        y = call(interpreter.bench_sides, weight_format)
+        sizes = call(interpreter.bench_fill, weight_format)
+    assert list(y) == ["expertmesh", "expertmesh products"]
+    assert sizes == pytest.approx((1, 1), rel=0.1)
+
+
 def test_figures_count_active_experts_only():
     shape = kernel_gpu.Shape(num_experts=8, top_k=2, hidden=64, intermediate=32)
     spec = shape.spec("bfloat16")

@@ -65,6 +65,11 @@ def compile_product(spec, chip_name, tile, product):
     signature = {
         name: "*i32" if name.endswith(("row_ptr", "slot_ptr", "block_ptr")) else f"*{element}" for name in pointers
     }
+    form = spec.format
+    signature["s_ptr"] = "*bf16" if form.scale_dtype == "bfloat16" else "*fp32"
+    if not form.is_dense:
+        element = {"int8": "i8", "uint8": "u8"}[form.code_dtype]
+        signature["w_ptr"] = f"*{element}"
     if constants["TENSOR_MAP"]:
         signature["w_ptr"] = f"tensordesc<{element}[{constants['BLOCK_N']}, {constants['BLOCK_K']}]>"
     source = ASTSource(
@@ -77,7 +82,7 @@ def _aligned(signature):
     return {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(signature.values())
-        if kind in ("*fp32", "*bf16", "*fp16")
+        if kind in ("*fp32", "*bf16", "*fp16", "*i8", "*u8")
     }
 
 
