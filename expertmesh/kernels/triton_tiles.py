@@ -208,7 +208,9 @@ def _tiles(spec: ExpertSpec, chip: Chip) -> list[Tile]:
             Tile(rows=16, weights=64, depth=32, warps=4, stages=3),
             Tile(rows=32, weights=64, depth=32, warps=4, stages=3),
         ]
-        return [_stepped(replace(tile, warps=8), form) for tile in tiles] if form.group else tiles
+        if form.group:
+            tiles = [replace(tile, depth=tile.depth // form.codes_per_byte, warps=8) for tile in tiles]
+        return [_stepped(tile, form) for tile in tiles]
     # Hopper's and Blackwell's wide instructions take 64 rows of weight and at least 16 rows of the call: with fewer of
     # either the compiler falls back to older ones. So a gated tile, of two products, has 128 rows of weight or more.
     tiles = [
@@ -221,11 +223,9 @@ def _tiles(spec: ExpertSpec, chip: Chip) -> list[Tile]:
         return tiles
     # Codes on their way take little memory, but what they are widened to and a group's own sums take registers.
     most = MAX_WEIGHTS if chip.has_tensor_maps and not form.group else 128
-    stages = MAX_STAGES if chip.has_tensor_maps else 3
-    return [
-        _stepped(replace(tile, weights=min(tile.weights, most), stages=min(tile.stages, stages)), form)
-        for tile in tiles
-    ]
+    if not chip.has_tensor_maps:
+        tiles = [replace(tile, stages=3, depth=32 if form.group else tile.depth) for tile in tiles]
+    return [_stepped(replace(tile, weights=min(tile.weights, most)), form) for tile in tiles]
 
 
 def _stepped(tile: Tile, form: WeightFormat) -> Tile:

@@ -1,4 +1,4 @@
-"""Quantized experts of the tiny model: what they cost in loss, how many more a host holds, and that hosts agree on them."""
+"""Quantized experts of the tiny model: what they cost in loss, how many more fit, and that hosts agree on them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,9 @@ def test_it_computes_what_the_reference_does(hidden, intermediate, dtype):
 
 
 @pytest.mark.parametrize("weight_format", QUANTIZED)
-@pytest.mark.parametrize(("hidden", "intermediate", "dtype"), [(1, 1, "float32"), (37, 7, "float16"), (300, 130, "bfloat16")])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "dtype"), [(1, 1, "float32"), (37, 7, "float16"), (300, 130, "bfloat16")]
+)
 def test_quantized_weights_compute_what_they_stand_for(hidden, intermediate, dtype, weight_format):
     kernel = kernel_of(make_spec(hidden, intermediate, dtype=dtype, bias=True, weight_format=weight_format))
     for num_pairs in (1, 5, 33):

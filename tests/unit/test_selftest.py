@@ -14,9 +14,7 @@ from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec, ExpertWeight
 from expertmesh.testing.experts import random_weights
 
 
-def make_spec(
-    dtype: str, hidden: int = 48, *, gated: bool = True, weight_format: str = "dense"
-) -> ExpertSpec:
+def make_spec(dtype: str, hidden: int = 48, *, gated: bool = True, weight_format: str = "dense") -> ExpertSpec:
     return ExpertSpec(
         hidden=hidden,
         intermediate=40,
