@@ -1,7 +1,8 @@
 """The oracle of every kernel: one pair at a time, in float32, with no thought of speed.
 
 Owns a float32 copy of each expert. Its invariant holds by construction: a pair is computed alone. Rows and weights are
-upcast (codes are dequantized), h, a and y are float32, and y is rounded to the spec's dtype at the end: the only rounding but float32's own.
+upcast, codes are dequantized, h, a and y are float32, and y is rounded to the spec's dtype at the end: the only
+rounding but float32's own.
 """
 
 from __future__ import annotations
