@@ -78,7 +78,10 @@ def product_kernel(
             w_row = slot * rows_in + column * BLOCK_N
         else:
             w_NK = w_ptr + row_N[:, None] * W + k_K[None, :]
-        s_N = s_ptr + (slot.to(tl.int64) * num_groups * rows_in + tl.minimum(n_N, N - 1))
+        if CODE == "dense":
+            s_N = n_N  # never read
+        else:
+            s_N = s_ptr + (slot.to(tl.int64) * num_groups * rows_in + tl.minimum(n_N, N - 1))
         for k in range(0, W, BLOCK_K):
             if CODE == "int4":
                 # Of the bytes, a group has GROUP; of columns, twice as many.
