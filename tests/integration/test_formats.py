@@ -30,8 +30,8 @@ from expertmesh.transport import codec
 from expertmesh.transport.grpc_link import credentials
 
 WINDOW = 384
-WINDOWS = 3
-MOST_LOSS = {"int8": 1.01, "fp8": 1.01, "fp8_block": 1.01, "int4_g32": 1.03, "int4_g64": 1.03, "int4_g128": 1.03}
+WINDOWS = 2
+MOST_LOSS = {"int8": 1.002, "fp8": 1.002, "fp8_block": 1.002, "int4_g32": 1.01, "int4_g64": 1.01, "int4_g128": 1.01}
 """Over that of dense weights."""
 
 
@@ -84,7 +84,7 @@ def test_more_quantized_experts_fit_into_a_host(weight_format, times):
     host = Host(20 * slot_bytes(dense.specs[0]))
     assert host.configure(configuration_for(dense, "tiny")) == (20,)
     (slots,) = host.configure(configuration_for(quantized, "tiny"))
-    assert 20 * times * 0.95 < slots <= 20 * times
+    assert 20 * times * 0.9 < slots <= 20 * times
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "int4_g32", "fp8_block"])
