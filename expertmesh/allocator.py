@@ -38,9 +38,13 @@ def keep_freed_memory(below_bytes: int) -> None:
 def huge_pages(num_bytes: int) -> torch.Tensor:
     """Zeroed memory [num_bytes] of uint8, in huge pages where the system has them. It is taken when first written."""
     # A mapping begins at a small page's border: as much more, so that what is given out begins at a huge one's.
-    mapping = mmap.mmap(-1, max(num_bytes, 1) + _HUGE_PAGE_BYTES)
+    length = max(num_bytes, 1) + _HUGE_PAGE_BYTES
     if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Memory that may be shared, Python's default, gets huge pages by another setting, which is mostly off.
+        mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapping.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        mapping = mmap.mmap(-1, length)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -memory.data_ptr() % _HUGE_PAGE_BYTES
     return memory[start : start + num_bytes]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertmesh.allocator import huge_pages
 from expertmesh.bench.measure import Spread, environment, ratios
 from expertmesh.kernels.cpu import CpuKernel, plain
 from expertmesh.kernels.spec import Activation, ExpertSpec, ExpertWeights
@@ -89,7 +90,7 @@ def _measure_shape(shape: Shape, tokens: Sequence[int], rounds: int) -> dict[str
         LOOP: _layer(_filled(CpuKernel(shape.spec, shape.experts, plain(LOOP, torch.bfloat16)), w_in, w_out)),
         LOOP_FLOAT32: _layer(_filled(CpuKernel(shape.spec, shape.experts, plain(LOOP_FLOAT32)), w_in, w_out)),
     }
-    stream = torch.ones(STREAM_BYTES // 8, dtype=torch.float64)
+    stream = huge_pages(STREAM_BYTES).view(torch.float64).fill_(1.0)
     return {
         "shape": asdict(shape),
         "arithmetic": kernel.arithmetic.name,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
+
+MAX_PAIRS = 1024
+"""Computed together on CPU cores, which bounds the memory that they are computed in."""
 
 
 class Block(NamedTuple):
@@ -31,6 +35,15 @@ def cut(slot_P: NDArray[np.int64], max_pairs: int) -> list[Block]:
         for slot, start, stop in zip(slot_P[starts].tolist(), starts, stops, strict=True)
         for first in range(start, stop, max_pairs)
     ]
+
+
+def runs(slot_P: Sequence[int]) -> Iterator[Block]:
+    """A block for each run of one slot, however long: for calls so small that they do not pay for numpy."""
+    first = 0
+    for slot, pairs in itertools.groupby(slot_P):
+        stop = first + len(list(pairs))
+        yield Block(slot, first, stop)
+        first = stop
 
 
 def fill(blocks: Iterable[Block], multiple: int) -> tuple[list[int], list[int]]:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from expertmesh.allocator import huge_pages
 from expertmesh.errors import ConfigError
 from expertmesh.kernels.activation import activate
-from expertmesh.kernels.blocks import cut, fill
+from expertmesh.kernels.blocks import MAX_PAIRS, cut, fill
 from expertmesh.kernels.quantization import dequantize
 from expertmesh.kernels.selfcheck import is_row_invariant, probe_rows, probe_weights
 
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 128
 """Rows of one product: enough to be bound by arithmetic, few enough that oneDNN keeps every row count's code cached."""
-
-MAX_PAIRS = 1024
-"""Pairs computed together, which bounds the memory that h takes."""
 
 SMALL_WEIGHT = 2**16
 """Elements of `w_in` up to which oneDNN's fixed cost per call (about 25 us) outweighs what its packing saves."""
@@ -75,8 +72,14 @@ class Arithmetic:
     """Of a block."""
     pack_codes: Callable[[Tensor, Tensor, Tensor | None], Matrix] | None = None
     """Of codes, scales and biases: where weights are held as they are stored. Else they are dequantized first."""
+    ffn: Callable[[ExpertSpec], Ffn] | None = None
+    """All of it in a way of its own, where it has one. Else it is made of two products."""
     in_pool: bool = False
     """Whether what is packed is plain memory, which may be moved: then it lies in huge pages."""
+
+
+Ffn: TypeAlias = "Callable[[Sequence[Expert | None], Tensor, Tensor, Tensor], Tensor]"
+"""The experts in all slots, x_TH, row_P and slot_P -> y_PH, as `ExpertKernel.run`."""
 
 
 class CpuKernel:
@@ -91,6 +94,7 @@ class CpuKernel:
         else:
             self.arithmetic = arithmetic
             self._slot_bytes = _num_bytes(arithmetic, _pack(spec, arithmetic, probe_weights(spec)))
+        self._ffn = _ffn(spec, self.arithmetic)
         self._slots: list[Expert | None] = [None] * num_slots
         self._pool = huge_pages(num_slots * self._slot_bytes) if self.arithmetic.in_pool else None
 
@@ -107,14 +111,7 @@ class CpuKernel:
 
     @torch.no_grad()
     def run(self, x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
-        parts_PH = [
-            _ffn(self.spec, self.arithmetic, self._slots, x_TH.index_select(0, row_p), slot_p)
-            for row_p, slot_p in zip(torch.split(row_P, MAX_PAIRS), torch.split(slot_P, MAX_PAIRS), strict=True)
-            if len(row_p) > 0
-        ]
-        if len(parts_PH) == 1:
-            return parts_PH[0]
-        return torch.cat(parts_PH) if parts_PH else x_TH.new_empty(0, self.spec.hidden)
+        return self._ffn(self._slots, x_TH, row_P, slot_P)
 
 
 @functools.cache
@@ -129,7 +126,7 @@ def choose_arithmetic(spec: ExpertSpec, num_threads: int) -> tuple[Arithmetic, i
     for arithmetic in _preferred(spec):
         try:
             expert = _pack(spec, arithmetic, weights)
-            passed = is_row_invariant(functools.partial(_ffn_of_one, spec, arithmetic, expert), x_RH)
+            passed = is_row_invariant(functools.partial(_one, _ffn(spec, arithmetic), expert), x_RH)
         except RuntimeError:  # oneDNN refuses some dtypes and shapes on some processors, and says so only when called
             continue
         if passed:
@@ -140,7 +137,29 @@ def choose_arithmetic(spec: ExpertSpec, num_threads: int) -> tuple[Arithmetic, i
     )
 
 
-def _ffn(
+def _ffn(spec: ExpertSpec, arithmetic: Arithmetic) -> Ffn:
+    return functools.partial(_by_products, spec, arithmetic) if arithmetic.ffn is None else arithmetic.ffn(spec)
+
+
+def _by_products(
+    spec: ExpertSpec,
+    arithmetic: Arithmetic,
+    slots: Sequence[Expert | None],
+    x_TH: Tensor,
+    row_P: Tensor,
+    slot_P: Tensor,
+) -> Tensor:
+    parts_PH = [
+        _by_two_products(spec, arithmetic, slots, x_TH.index_select(0, row_p), slot_p)
+        for row_p, slot_p in zip(torch.split(row_P, MAX_PAIRS), torch.split(slot_P, MAX_PAIRS), strict=True)
+        if len(row_p) > 0
+    ]
+    if len(parts_PH) == 1:
+        return parts_PH[0]
+    return torch.cat(parts_PH) if parts_PH else x_TH.new_empty(0, spec.hidden)
+
+
+def _by_two_products(
     spec: ExpertSpec, arithmetic: Arithmetic, slots: Sequence[Expert | None], x_PH: Tensor, slot_P: Tensor
 ) -> Tensor:
     product, dtype = arithmetic.product, arithmetic.dtype
@@ -160,8 +179,9 @@ def _ffn(
     return y_RH.to(x_PH.dtype).contiguous()
 
 
-def _ffn_of_one(spec: ExpertSpec, arithmetic: Arithmetic, expert: Expert, x_RH: Tensor) -> Tensor:
-    return _ffn(spec, arithmetic, [expert], x_RH, torch.zeros(len(x_RH), dtype=torch.int64))
+def _one(ffn: Ffn, expert: Expert, x_RH: Tensor) -> Tensor:
+    """Of the rows of one expert."""
+    return ffn([expert], x_RH, torch.arange(len(x_RH)), torch.zeros(len(x_RH), dtype=torch.int64))
 
 
 def _written(slots: Sequence[Expert | None], slot: int) -> Expert:
@@ -238,6 +258,7 @@ def _panels_of_codes(code: str) -> Arithmetic:
 
 def _panels(dtype: str) -> Arithmetic:
     """Our own machine code. Weights stay in `dtype`, or in codes of that name."""
+    from expertmesh.kernels.cpu_panels import Ffn as PanelFfn
     from expertmesh.kernels.cpu_panels import multiply, pack
 
     def packed(w_NK: Tensor, b_N: Tensor | None) -> Matrix:
@@ -252,6 +273,7 @@ def _panels(dtype: str) -> Arithmetic:
         pack=packed,
         num_bytes=lambda w: w.nbytes,
         product=product,
+        ffn=lambda spec: PanelFfn(spec, dtype),
         max_rows=MAX_PAIRS,
         in_pool=True,
     )
@@ -312,6 +334,6 @@ def _cloned(b_N: Tensor | None) -> Tensor | None:
     return None if b_N is None else b_N.clone()
 
 
-# MKL takes other paths for leftover rows and for fewer than four.
+# MKL takes other paths for leftover rows, for fewer than four, and for a row that does not begin where a tensor would.
 BY_FOURS = plain("plain float32, rows by fours", row_multiple=4)
-ONE_ROW = plain("plain float32, row by row", max_rows=1)
+ONE_ROW = plain("plain float32, row by row", max_rows=1, linear=lambda x, w, b: F.linear(x.clone(), w, b))

@@ -21,7 +21,23 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llvmlite import binding, ir
+from llvmlite import ir
+
+from expertmesh.kernels.cpu_ir import (
+    F16,
+    F32,
+    I8,
+    I32,
+    I64,
+    POINTER,
+    Work,
+    at,
+    compiled,
+    divide_up,
+    field,
+    loop,
+    worker,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,26 +50,20 @@ TILE_ROWS = 6
 """With half a panel's columns in two vectors: twelve sums, which with what they need fill the sixteen registers."""
 WHOLE_PANEL_ROWS = 3
 """Up to this many rows the sums of a whole panel fit: such tiles walk down a panel once, others once for each half."""
-NEAR_BYTES = 2048
+NEAR_BYTES = 4096
 """How far ahead of its reads a tile of few rows fetches: it has nothing else to do than to wait for memory."""
 
-_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
-_F16, _F32 = ir.HalfType(), ir.FloatType()
-_POINTER = ir.PointerType()
-_VECTOR = ir.VectorType(_F32, LANES)
-_INTS = ir.VectorType(_I32, LANES)
+_VECTOR = ir.VectorType(F32, LANES)
+_INTS = ir.VectorType(I32, LANES)
 _FMA, _PREFETCH = f"llvm.fma.v{LANES}f32", "llvm.prefetch.p0"
-_READ_TO_L2 = (0, 2, 1)
-"""What a prefetch is for: to read, from the second level on, data."""
+_READ_NEAR, _READ_FAR = (0, 3, 1), (0, 2, 1)
+"""What a prefetch is for: to read, from the first level of caches on or from the second, data."""
 
 
-class Call(ctypes.Structure):
-    """One product, as the code reads it. Threads that run the code on one call share its work."""
+class Call(Work):
+    """One product, as the code reads it. A turn is a panel; they are numbered block after block."""
 
-    _fields_ = (
-        ("next_panel", ctypes.c_int64),  # the first that no thread has taken; panels are numbered block after block
-        ("num_panels", ctypes.c_int64),  # of all blocks together
-        ("chunk", ctypes.c_int64),  # panels that a thread takes at a time
+    _fields_ = (  # type: ignore[assignment]  # after those of `Work`, as ctypes has it
         ("panels_per_block", ctypes.c_int64),
         ("depth", ctypes.c_int64),  # K
         ("width", ctypes.c_int64),  # of a row of y, padded to whole panels
@@ -85,7 +95,7 @@ def _widen_float32(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Va
 
 
 def _widen_float16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
-    half = ir.VectorType(_F16, LANES)
+    half = ir.VectorType(F16, LANES)
     return [b.fpext(_load(b, address, v * 2 * LANES, half), _VECTOR) for v in range(count)]
 
 
@@ -115,8 +125,8 @@ def _widen_fp8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]
 
 def _bytes(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
     """Vectors of bytes as signed numbers of 32 bits."""
-    kind = ir.VectorType(_I8, LANES)
-    return [b.sext(b.load(_at(b, address, v * LANES), typ=kind, align=LANES), _INTS) for v in range(count)]
+    kind = ir.VectorType(I8, LANES)
+    return [b.sext(b.load(at(b, address, v * LANES), typ=kind, align=LANES), _INTS) for v in range(count)]
 
 
 FORMATS = {
@@ -135,186 +145,115 @@ def product_code(dtype: str) -> int:
 
     Raises RuntimeError on a processor that has no vector instructions for it.
     """
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features()
-    target = binding.Target.from_default_triple()
-    if target.name.startswith("x86") and (
-        missing := FORMATS[dtype].needs - {name for name in features if features[name]}
-    ):
-        raise RuntimeError(f"this processor lacks {', '.join(sorted(missing))}")
-    machine = target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=2)
-    # What is built below needs no optimisation but the selection of instructions.
-    module = binding.parse_assembly(str(_module(FORMATS[dtype])))
-    module.verify()
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    _engines.append(engine)
-    return int(engine.get_function_address("product"))
-
-
-_engines: list[binding.ExecutionEngine] = []
-"""The code lives as long as its engine."""
+    form = FORMATS[dtype]
+    return int(compiled(_module(form), form.needs).get_function_address("product"))
 
 
 def _module(form: Format) -> ir.Module:
     module = ir.Module("product")
     ir.Function(module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), _FMA)
-    ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER, _I32, _I32, _I32]), _PREFETCH)
+    ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32]), _PREFETCH)
     tiles = [_tile(module, form, num_rows) for num_rows in range(1, TILE_ROWS + 1)]
     _product(module, form, tiles)
     return module
 
 
 def _product(module: ir.Module, form: Format, tiles: list[ir.Function]) -> None:
-    """`void product(Call *)`: takes chunks of panels until there are none, and computes each for its block's rows.
+    """`void product(Call *)`: each turn computes a panel for its block's rows.
 
     A block's rows are cut into tiles of nearly equal height, as few as can be: 8 are 4 and 4, not 6 and 2.
     """
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "product")
-    entry, take, panel, rows, switched, panel_end, done = (
-        function.append_basic_block(name)
-        for name in ("entry", "take", "panel", "rows", "switched", "panel_end", "done")
-    )
-    (call,) = function.args
-    b = ir.IRBuilder(entry)
-    names = [name for name, _ in Call._fields_]
 
-    def field(name: str, kind: ir.Type = _I64) -> ir.Value:
-        return b.load(_at(b, call, 8 * names.index(name)), typ=kind)
+    def turn(b: ir.IRBuilder, call: ir.Value, number: ir.Value) -> None:
+        per_block, depth, width = (field(b, call, Call, name) for name in ("panels_per_block", "depth", "width"))
+        x, y, blocks = (field(b, call, Call, name, POINTER) for name in ("x", "y", "blocks"))
+        panel_bytes = b.add(b.mul(depth, I64(form.itemsize * COLUMNS)), I64(form.head_bytes))
+        block = at(b, blocks, b.mul(b.udiv(number, per_block), I64(3 * 8)))
+        column = b.urem(number, per_block)
+        panel = at(b, b.load(block, typ=POINTER), b.mul(column, panel_bytes))
+        first_row, end_row = (b.load(at(b, block, offset), typ=I64) for offset in (8, 16))
+        y_panel = at(b, y, b.mul(column, I64(4 * COLUMNS)))
+        before, rows, switched, after = b.block, *(b.append_basic_block(name) for name in ("rows", "switched", "after"))
+        b.branch(rows)
 
-    num_panels, chunk, per_block = field("num_panels"), field("chunk"), field("panels_per_block")
-    depth, width = field("depth"), field("width")
-    x, y, blocks = field("x", _POINTER), field("y", _POINTER), field("blocks", _POINTER)
-    panel_bytes = b.add(b.mul(depth, _I64(form.itemsize * COLUMNS)), _I64(form.head_bytes))
-    b.branch(take)
+        b.position_at_end(rows)
+        row = b.phi(I64)
+        row.add_incoming(first_row, before)
+        left = b.sub(end_row, row)
+        height = divide_up(b, left, divide_up(b, left, I64(TILE_ROWS)))
+        cases = b.switch(height, switched)
+        for num_rows, tile in enumerate(tiles, start=1):
+            case = b.append_basic_block(f"rows_{num_rows}")
+            cases.add_case(I64(num_rows), case)
+            b.position_at_end(case)
+            x_row, y_row = (
+                at(b, base, b.mul(b.mul(row, size), I64(4))) for base, size in ((x, depth), (y_panel, width))
+            )
+            b.call(tile, [x_row, panel, at(b, panel, panel_bytes), depth, y_row, width])
+            b.branch(switched)
 
-    b.position_at_end(take)
-    first_panel = b.atomic_rmw("add", _at(b, call, 8 * names.index("next_panel")), chunk, "monotonic")
-    last_panel = _min(b, b.add(first_panel, chunk), num_panels)
-    b.cbranch(b.icmp_signed("<", first_panel, num_panels), panel, done)
+        b.position_at_end(switched)
+        next_row = b.add(row, height)
+        row.add_incoming(next_row, switched)
+        b.cbranch(b.icmp_signed("<", next_row, end_row), rows, after)
+        b.position_at_end(after)
 
-    b.position_at_end(panel)
-    number = b.phi(_I64)
-    number.add_incoming(first_panel, take)
-    block = _at(b, blocks, b.mul(b.udiv(number, per_block), _I64(3 * 8)))
-    column = b.urem(number, per_block)
-    address = _at(b, b.load(block, typ=_POINTER), b.mul(column, panel_bytes))
-    first_row, end_row = (b.load(_at(b, block, offset), typ=_I64) for offset in (8, 16))
-    y_panel = _at(b, y, b.mul(column, _I64(4 * COLUMNS)))
-    b.branch(rows)
-
-    b.position_at_end(rows)
-    row = b.phi(_I64)
-    row.add_incoming(first_row, panel)
-    left = b.sub(end_row, row)
-    height = _divide_up(b, left, _divide_up(b, left, _I64(TILE_ROWS)))
-    cases = b.switch(height, switched)
-    for num_rows, tile in enumerate(tiles, start=1):
-        case = function.append_basic_block(f"rows_{num_rows}")
-        cases.add_case(_I64(num_rows), case)
-        b.position_at_end(case)
-        x_row, y_row = (_at(b, base, b.mul(b.mul(row, size), _I64(4))) for base, size in ((x, depth), (y_panel, width)))
-        b.call(tile, [x_row, address, _at(b, address, panel_bytes), depth, y_row, width])
-        b.branch(switched)
-
-    b.position_at_end(switched)
-    next_row = b.add(row, height)
-    row.add_incoming(next_row, switched)
-    b.cbranch(b.icmp_signed("<", next_row, end_row), rows, panel_end)
-
-    b.position_at_end(panel_end)
-    next_number = b.add(number, _I64(1))
-    number.add_incoming(next_number, panel_end)
-    b.cbranch(b.icmp_signed("<", next_number, last_panel), panel, take)
-
-    b.position_at_end(done)
-    b.ret_void()
+    worker(module, "product", turn)
 
 
 def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
     """`void (x, panel, next_panel, depth, y, width)` for `num_rows` rows of x and y from the given addresses."""
-    kinds = [_POINTER, _POINTER, _POINTER, _I64, _POINTER, _I64]
+    kinds = [POINTER, POINTER, POINTER, I64, POINTER, I64]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), f"tile_{num_rows}")
     function.linkage = "internal"
     x, panel, next_panel, depth, y, width = function.args
     b = ir.IRBuilder(function.append_basic_block("entry"))
     x_rows, y_rows = (
-        [_at(b, base, b.mul(size, _I64(4 * r))) for r in range(num_rows)] for base, size in ((x, depth), (y, width))
+        [at(b, base, b.mul(size, I64(4 * r))) for r in range(num_rows)] for base, size in ((x, depth), (y, width))
     )
     count = VECTORS if num_rows <= WHOLE_PANEL_ROWS else VECTORS // 2
     vector_bytes = LANES * form.itemsize
     for start in range(0, VECTORS, count):
-        lines = _at(b, panel, form.head_bytes + start * vector_bytes)
+        lines = at(b, panel, form.head_bytes + start * vector_bytes)
         if count == VECTORS:
-            ahead = _at(b, lines, NEAR_BYTES)
+            ahead, how = at(b, lines, NEAR_BYTES), _READ_NEAR
         else:  # each walk is bound by arithmetic, and fetches its share of the whole next panel meanwhile
-            ahead = _at(b, next_panel, b.mul(depth, _I64(start * vector_bytes)))
+            ahead, how = at(b, next_panel, b.mul(depth, I64(start * vector_bytes))), _READ_FAR
 
         def step(
-            k: ir.Value, sums: Sequence[ir.Value], lines: ir.Value = lines, ahead: ir.Value = ahead
+            k: ir.Value,
+            sums: Sequence[ir.Value],
+            lines: ir.Value = lines,
+            ahead: ir.Value = ahead,
+            how: tuple[int, int, int] = how,
         ) -> list[ir.Value]:
-            fetched = _at(b, ahead, b.mul(k, _I64(count * vector_bytes)))
-            b.call(module.globals[_PREFETCH], [fetched, *map(_I32, _READ_TO_L2)])
-            weights = form.widen(b, _at(b, lines, b.mul(k, _I64(VECTORS * vector_bytes))), count)
-            x_ks = [_repeat(b, b.load(_at(b, x_row, b.mul(k, _I64(4))), typ=_F32)) for x_row in x_rows]
+            fetched = at(b, ahead, b.mul(k, I64(count * vector_bytes)))
+            b.call(module.globals[_PREFETCH], [fetched, *map(I32, how)])
+            weights = form.widen(b, at(b, lines, b.mul(k, I64(VECTORS * vector_bytes))), count)
+            x_ks = [_repeat(b, b.load(at(b, x_row, b.mul(k, I64(4))), typ=F32)) for x_row in x_rows]
             factors = [(weight, x_k) for x_k in x_ks for weight in weights]
             return [b.call(module.globals[_FMA], [*pair, one]) for pair, one in zip(factors, sums, strict=True)]
 
         biases = [_load(b, panel, 4 * LANES * v, _VECTOR) for v in range(start, start + count)]
         zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * count
-        sums = _loop(b, depth, (zeros if form.scaled else biases) * num_rows, step)
+        sums = loop(b, depth, (zeros if form.scaled else biases) * num_rows, step)
         if form.scaled:
             scales = [_load(b, panel, 4 * (COLUMNS + LANES * v), _VECTOR) for v in range(start, start + count)]
             terms = zip(sums, scales * num_rows, biases * num_rows, strict=True)
             sums = [b.call(module.globals[_FMA], [*term]) for term in terms]
         for r, y_row in enumerate(y_rows):
             for v in range(count):
-                b.store(sums[r * count + v], _at(b, y_row, 4 * LANES * (start + v)), align=4)
+                b.store(sums[r * count + v], at(b, y_row, 4 * LANES * (start + v)), align=4)
     b.ret_void()
     return function
 
 
-def _loop(
-    b: ir.IRBuilder,
-    times: ir.Value,
-    values: Sequence[ir.Value],
-    step: Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]],
-) -> Sequence[ir.Value]:
-    """`for k in range(times): values = step(k, values)`, at least once: the last values."""
-    before, body, after = b.block, b.append_basic_block("body"), b.append_basic_block("after")
-    b.branch(body)
-    b.position_at_end(body)
-    k, *carried = [b.phi(value.type) for value in (times, *values)]
-    stepped = step(k, carried)
-    next_k = b.add(k, _I64(1))
-    for phi, first, later in zip((k, *carried), (_I64(0), *values), (next_k, *stepped), strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(later, body)
-    b.cbranch(b.icmp_signed("<", next_k, times), body, after)
-    b.position_at_end(after)
-    return stepped
-
-
-def _at(b: ir.IRBuilder, base: ir.Value, offset: ir.Value | int) -> ir.Value:
-    """The address that many bytes on."""
-    return b.gep(base, [_I64(offset) if isinstance(offset, int) else offset], source_etype=_I8)
-
-
 def _load(b: ir.IRBuilder, base: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
     """A vector from within a panel, where all begin at multiples of 16 bytes."""
-    return b.load(_at(b, base, offset), typ=kind, align=16)
+    return b.load(at(b, base, offset), typ=kind, align=16)
 
 
 def _repeat(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """A vector of one number."""
     undefined = ir.Constant(_VECTOR, ir.Undefined)
-    return b.shuffle_vector(b.insert_element(undefined, value, _I32(0)), undefined, ir.Constant(_INTS, [0] * LANES))
-
-
-def _min(b: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
-    return b.select(b.icmp_signed("<", left, right), left, right)
-
-
-def _divide_up(b: ir.IRBuilder, value: ir.Value, by: ir.Value) -> ir.Value:
-    return b.udiv(b.add(value, b.sub(by, _I64(1))), by)
+    return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, ir.Constant(_INTS, [0] * LANES))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertmesh.kernels.blocks import cut, fill
+from expertmesh.kernels.blocks import cut, fill, runs
 
 SORTED_SLOTS = st.lists(st.integers(0, 6), max_size=120).map(sorted)
 
@@ -23,6 +23,11 @@ def test_blocks_cover_every_pair_once_and_never_mix_slots(slots, max_pairs):
 
 def test_an_expert_with_many_pairs_fills_its_blocks():
     assert cut(np.array([3] * 9 + [5]), 4) == [(3, 0, 4), (3, 4, 8), (3, 8, 9), (5, 9, 10)]
+
+
+@given(slots=SORTED_SLOTS)
+def test_runs_are_blocks_that_nothing_cuts(slots):
+    assert list(runs(slots)) == cut(np.array(slots, dtype=np.int64), len(slots) + 1)
 
 
 @given(slots=SORTED_SLOTS, max_pairs=st.integers(1, 40), multiple=st.integers(1, 5))

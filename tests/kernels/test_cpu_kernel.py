@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from expertmesh.errors import ConfigError
 from expertmesh.kernels import cpu, slot_bytes
-from expertmesh.kernels.cpu import BY_FOURS, MAX_PAIRS, MAX_ROWS, ONE_ROW, CpuKernel, choose_arithmetic, plain
+from expertmesh.kernels.blocks import MAX_PAIRS
+from expertmesh.kernels.cpu import BY_FOURS, MAX_ROWS, ONE_ROW, CpuKernel, choose_arithmetic, plain
 from expertmesh.kernels.reference import ReferenceKernel
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertWeights
 from tests.kernels.cases import (
@@ -85,7 +86,7 @@ def test_codes_take_a_byte_of_a_slot(weight_format):
     dense = make_spec(320, 128, dtype="bfloat16")
     quantized = make_spec(320, 128, dtype="bfloat16", weight_format=weight_format)
     assert kernel_of(quantized).arithmetic.name == f"panels of {weight_format}"
-    assert slot_bytes(quantized) == pytest.approx(slot_bytes(dense) / 2, rel=0.02)
+    assert slot_bytes(quantized) == pytest.approx(slot_bytes(dense) / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS, ids=lambda activation: activation.name)

@@ -1,12 +1,16 @@
-"""What `keep_freed_memory` promises, seen in page faults: buffers made and dropped again touch no new page."""
+"""What the allocator promises, seen in page faults: kept buffers touch no new page, and huge pages are few."""
 
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from expertmesh.allocator import huge_pages
 
 SCRIPT = """
 import resource, sys
@@ -34,3 +38,19 @@ def faults(mode: str) -> int:
 def test_freed_buffers_are_kept_for_the_next_batch() -> None:
     assert faults("keep") < 100
     assert faults("default") > 1000
+
+
+def has_huge_pages() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not has_huge_pages(), reason="the system gives none")
+def test_memory_lies_in_huge_pages() -> None:
+    num_bytes = 64 * 2**20
+    memory = huge_pages(num_bytes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    memory.fill_(1)
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert len(memory) == num_bytes
+    assert taken < num_bytes / resource.getpagesize() / 2, "one fault for each small page is twice as many"
