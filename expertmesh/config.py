@@ -100,8 +100,11 @@ class PoolSection(Section):
 
 
 class ExpertsSection(Section):
-    """How experts are placed."""
+    """How experts are held and placed."""
 
+    weight_format: Literal["dense", "int8", "int4_g32", "int4_g64", "int4_g128", "fp8", "fp8_block"] = "dense"
+    """How hosts store weights, which they quantize as they read them (kernels/formats.py): of 8 bits, twice as many fit
+    as of 16. `g32` to `g128` is how many columns share a scale. CPU hosts save memory with `int8` and `fp8` only."""
     min_replicas: int = Field(default=1, ge=1)
     """Ready copies of every expert, each on another host, and on another node where there is one."""
     elastic: bool = True

@@ -68,7 +68,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[_Union[Error.Code, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ExpertSpec(_message.Message):
-    __slots__ = ("hidden", "intermediate", "gated", "bias", "activation", "limit", "alpha", "dtype")
+    __slots__ = ("hidden", "intermediate", "gated", "bias", "activation", "limit", "alpha", "dtype", "weight_format")
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     INTERMEDIATE_FIELD_NUMBER: _ClassVar[int]
     GATED_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class ExpertSpec(_message.Message):
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     hidden: int
     intermediate: int
     gated: bool
@@ -85,7 +86,8 @@ class ExpertSpec(_message.Message):
     limit: float
     alpha: float
     dtype: DType
-    def __init__(self, hidden: _Optional[int] = ..., intermediate: _Optional[int] = ..., gated: bool = ..., bias: bool = ..., activation: _Optional[str] = ..., limit: _Optional[float] = ..., alpha: _Optional[float] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+    weight_format: str
+    def __init__(self, hidden: _Optional[int] = ..., intermediate: _Optional[int] = ..., gated: bool = ..., bias: bool = ..., activation: _Optional[str] = ..., limit: _Optional[float] = ..., alpha: _Optional[float] = ..., dtype: _Optional[_Union[DType, str]] = ..., weight_format: _Optional[str] = ...) -> None: ...
 
 class ConfigureRequest(_message.Message):
     __slots__ = ("checkpoint", "specs", "layer_specs", "layer_experts")

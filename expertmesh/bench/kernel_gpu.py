@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from expertmesh.bench.measure import Spread
 from expertmesh.errors import ConfigError
 from expertmesh.kernels import tuning
+from expertmesh.kernels.formats import FORMATS
 from expertmesh.kernels.spec import Activation, ExpertSpec
 from expertmesh.kernels.triton_tiles import choose
 
@@ -53,9 +54,13 @@ class Shape:
     hidden: int
     intermediate: int
 
-    def spec(self, dtype: str) -> ExpertSpec:
+    def spec(self, dtype: str, weight_format: str = "dense") -> ExpertSpec:
         return ExpertSpec(
-            hidden=self.hidden, intermediate=self.intermediate, activation=Activation(name="silu"), dtype=dtype
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            activation=Activation(name="silu"),
+            dtype=dtype,
+            weight_format=weight_format,
         )
 
 
@@ -103,12 +108,17 @@ def random_routing(shape: Shape, num_tokens: int, dtype: str, device: str, seed:
 
 
 def sides(kernel: TritonKernel) -> dict[str, Side]:
-    """Everything that is compared. `kernel`'s weights serve all. Those named products leave out the way to and from
-    rows grouped by expert; the others go from tokens to their weighted sum."""
+    """Everything that is compared. `kernel`'s weights serve all, and where they are quantized it is alone: what others
+    need of the same weights is not the same. Those named products leave out the way to and from rows grouped by
+    expert; the others go from tokens to their weighted sum."""
     w_in, w_out = kernel.slabs["w_in"], kernel.slabs["w_out"]
     found: dict[str, Side] = {
         "expertmesh": functools.partial(_ours, kernel),
         "expertmesh products": functools.partial(_our_products, kernel),
+    }
+    if not kernel.spec.format.is_dense:
+        return found
+    found |= {
         "torch grouped_mm products": functools.partial(_torch_grouped, w_in, w_out),
         "cuBLAS loop products": functools.partial(_loop, w_in, w_out),
     }
@@ -278,6 +288,7 @@ def run(
     shapes: Sequence[str] = tuple(SHAPES),
     token_counts: Sequence[int] = TOKEN_COUNTS,
     dtype: str = "bfloat16",
+    weight_format: str = "dense",
     rounds: int = 10,
     tuned: bool = False,
 ) -> dict[str, Any]:
@@ -292,25 +303,33 @@ def run(
     return {
         "device": _device(),
         "dtype": dtype,
+        "weight_format": weight_format,
         "ceilings": ceilings,
         "shapes": {
-            name: _measure_shape(SHAPES[name], token_counts, dtype, rounds, ceilings, tuned=tuned) for name in shapes
+            name: _measure_shape(
+                SHAPES[name], SHAPES[name].spec(dtype, weight_format), token_counts, rounds, ceilings, tuned=tuned
+            )
+            for name in shapes
         },
     }
 
 
 @torch.no_grad()
 def _measure_shape(
-    shape: Shape, token_counts: Sequence[int], dtype: str, rounds: int, ceilings: dict[str, float], *, tuned: bool
+    shape: Shape,
+    spec: ExpertSpec,
+    token_counts: Sequence[int],
+    rounds: int,
+    ceilings: dict[str, float],
+    *,
+    tuned: bool,
 ) -> dict[str, Any]:
     from expertmesh.kernels.triton_kernel import TritonKernel
 
-    spec = shape.spec(dtype)
     kernel = TritonKernel(spec, shape.num_experts, "cuda")
     if tuned:
         kernel.tilings = tuning.tune(kernel, tuning.uniform_loads(shape.num_experts, shape.top_k, token_counts))
-    for name, slab in kernel.slabs.items():
-        slab.normal_(std=spec.shapes[name][-1] ** -0.5)
+    _fill(kernel)
     report: dict[str, Any] = {
         "shape": asdict(shape),
         "tilings": [asdict(tiling) for tiling in kernel.tilings],
@@ -318,10 +337,30 @@ def _measure_shape(
         "tokens": {},
     }
     for num_tokens in token_counts:
-        routings = [random_routing(shape, num_tokens, dtype, "cuda", seed) for seed in range(ROUTINGS)]
+        routings = [random_routing(shape, num_tokens, spec.dtype, "cuda", seed) for seed in range(ROUTINGS)]
         report["tokens"][num_tokens] = _measure_size(sides(kernel), routings, spec, rounds, ceilings)
         torch.cuda.empty_cache()
     return report
+
+
+def _fill(kernel: TritonKernel) -> None:
+    """Random weights of a scale that leaves rows about as large as they were; where they are quantized, random codes.
+
+    A float8's code is less than 64, so that none is a NaN."""
+    for name, slab in kernel.slabs.items():
+        std = kernel.spec.shapes[f"w_{name[2:]}"][-1] ** -0.5
+        if slab.dtype == torch.int8:
+            slab.random_(-127, 128)
+        elif slab.dtype == torch.uint8:
+            slab.random_(0, 256 if kernel.spec.format.code == "int4" else 64)
+        elif name.startswith("s_"):
+            slab.fill_(std / _RMS[kernel.spec.format.code])
+        else:
+            slab.normal_(std=std)
+
+
+_RMS = {"int8": 73.6, "int4": 4.64, "fp8": 0.598}
+"""Of codes that are drawn so."""
 
 
 def _measure_size(
@@ -377,9 +416,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKEN_COUNTS))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--format", default="dense", choices=FORMATS, help="how weights are stored")
     parser.add_argument("--tuned", action="store_true")
     arguments = parser.parse_args()
-    report = run(shapes=arguments.shapes, token_counts=arguments.tokens, rounds=arguments.rounds, tuned=arguments.tuned)
+    report = run(
+        shapes=arguments.shapes,
+        token_counts=arguments.tokens,
+        weight_format=arguments.format,
+        rounds=arguments.rounds,
+        tuned=arguments.tuned,
+    )
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
 
 

@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 _CONSTANTS = ("limit", "alpha", "softcap")
 
 
-def index_checkpoint(path: Path, dtype: str | None = None, auto_class: str | None = None) -> CheckpointIndex:
-    """Index the experts of the checkpoint in a folder, for slots of `dtype` (None: the checkpoint's own).
+def index_checkpoint(
+    path: Path, dtype: str | None = None, auto_class: str | None = None, weight_format: str = "dense"
+) -> CheckpointIndex:
+    """Index the experts of the checkpoint in a folder, for slots of `dtype` (None: the checkpoint's own) and one of
+    `kernels.formats.FORMATS`.
 
     `auto_class` must be what the backbone is loaded with: it decides which layers there are (see `read_architecture`).
     Raises CheckpointError if the architecture keeps its experts where or how they cannot be served, or if a tensor is
@@ -56,7 +59,9 @@ def index_checkpoint(path: Path, dtype: str | None = None, auto_class: str | Non
     stored = stored_tensors(path)
     experts = find_experts(skeleton)
     layouts = {name: family.layout(module) for name, (module, family) in experts.items()}
-    specs = tuple(_spec(module, layouts[name], architecture.dtype) for name, (module, _) in experts.items())
+    specs = tuple(
+        _spec(module, layouts[name], architecture.dtype, weight_format) for name, (module, _) in experts.items()
+    )
     recipes: dict[ExpertId, ExpertRecipe] = {}
     try:
         stacks = _follow(skeleton, layouts, stored)
@@ -161,7 +166,7 @@ def _check_shapes(what: str, recipe: ExpertRecipe, spec: ExpertSpec, stored: Map
             raise CheckpointError(f"{what}: stored as {names}, but the config expects {list(shape)} per expert")
 
 
-def _spec(module: Any, layout: Layout, dtype: str) -> ExpertSpec:
+def _spec(module: Any, layout: Layout, dtype: str, weight_format: str) -> ExpertSpec:
     return ExpertSpec(
         hidden=layout.hidden,
         intermediate=layout.intermediate,
@@ -169,6 +174,7 @@ def _spec(module: Any, layout: Layout, dtype: str) -> ExpertSpec:
         bias=layout.b_in is not None,
         activation=match_activation(layout.activate, gated=layout.gated, candidates=_guess_activations(module)),
         dtype=dtype,
+        weight_format=weight_format,
     )
 
 

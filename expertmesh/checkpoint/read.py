@@ -1,7 +1,7 @@
 """Reading one expert by its recipe: from the files' tensors to the slot's.
 
 Needs torch and safetensors only, so that a host starts fast, and reads only the bytes of the expert asked for. Knows
-nothing of architectures. Invariant: what it returns has the spec's shapes and dtype, and every number is finite.
+nothing of architectures. Invariant: what it returns is in the spec's format, and every number read is finite.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from expertmesh.checkpoint.recipe import shape_of_part
 from expertmesh.errors import CheckpointError, one_line
+from expertmesh.kernels.quantization import quantize
 from expertmesh.kernels.spec import ExpertSpec, ExpertWeights
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class ExpertReader:
         self._stack.close()
 
     def read(self, recipe: ExpertRecipe, spec: ExpertSpec) -> ExpertWeights:
-        """One expert's tensors in slot layout, in the spec's dtype.
+        """One expert's tensors in slot layout, rounded to the spec's dtype and then quantized to its format.
 
         Raises CheckpointError, naming tensor and file, if one is missing, of another shape, of a dtype that is not a
         plain float, or holds a NaN or an infinity.
@@ -65,12 +66,13 @@ class ExpertReader:
         if recipe.b_in is not None and recipe.b_out is not None:
             b_in = self._build(recipe.b_in, (spec.rows_in,), spec.dtype)
             b_out = self._build(recipe.b_out, (spec.hidden,), spec.dtype)
-        return ExpertWeights(
+        dense = ExpertWeights(
             w_in=self._build(recipe.w_in, (spec.rows_in, spec.hidden), spec.dtype),
             w_out=self._build(recipe.w_out, (spec.hidden, spec.intermediate), spec.dtype),
             b_in=b_in,
             b_out=b_out,
         )
+        return quantize(dense, spec)
 
     def _build(self, recipe: TensorRecipe, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         # Before anything is read: a recipe may name a tensor of any size, any number of times.

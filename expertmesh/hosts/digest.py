@@ -10,6 +10,6 @@ class ReplicaDigest:
     """Two loads of one expert must agree on it, or one of them would change answers."""
 
     weights: bytes
-    """Of the expert's tensors as they were read; equal on every host. b"" when the host never read them."""
+    """Of the expert's tensors as read and quantized; equal on every host. b"" when the host never read them."""
     answer: bytes
     """Of what its kernel computes for the known rows (hosts/selftest.py); equal on hosts of one kind of device."""

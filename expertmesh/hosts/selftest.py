@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from expertmesh.errors import CheckpointError
+from expertmesh.kernels.quantization import dequantize
 from expertmesh.kernels.reference import compute_row
 from expertmesh.kernels.selfcheck import probe_rows
 
@@ -50,12 +51,16 @@ def known_rows(spec: ExpertSpec) -> Tensor:
 
 @torch.no_grad()
 def expect(weights: ExpertWeights, spec: ExpertSpec) -> Expected:
-    """What an expert with these weights should answer. Takes about as long as reading them: for a thread of its own."""
+    """What an expert with these weights should answer. Takes about as long as reading them: for a thread of its own.
+
+    Quantized weights answer as what they stand for, so what quantizing has cost is no fault of the replica's.
+    """
     hashed = hashlib.sha256()
     for tensor in weights:
         if tensor is not None:
             hashed.update(tensor.view(torch.uint8).numpy().data)
-    y_RH = torch.stack([compute_row(spec, weights, x_H.float()) for x_H in known_rows(spec)])
+    plain = dequantize(weights, spec)
+    y_RH = torch.stack([compute_row(spec, plain, x_H.float()) for x_H in known_rows(spec)])
     return Expected(hashed.digest()[:DIGEST_BYTES], y_RH)
 
 

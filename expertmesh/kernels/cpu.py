@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -25,6 +25,7 @@ from expertmesh.allocator import huge_pages
 from expertmesh.errors import ConfigError
 from expertmesh.kernels.activation import activate
 from expertmesh.kernels.blocks import MAX_PAIRS, cut, fill
+from expertmesh.kernels.quantization import dequantize
 from expertmesh.kernels.selfcheck import is_row_invariant, probe_rows, probe_weights
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Arithmetic:
     dtype: torch.dtype
     """Of rows, and of weights and biases before they are packed."""
     pack: Callable[[Tensor, Tensor | None], Matrix]
-    """Never shares memory with its arguments."""
+    """Of a dense weight and its bias. Never shares memory with its arguments."""
     num_bytes: Callable[[Tensor], int]
     """Of a packed weight or bias, padding included."""
     product: Callable[[Tensor, list[int], Sequence[Matrix]], Tensor]
@@ -69,6 +70,8 @@ class Arithmetic:
     """Blocks are filled up to a multiple of this."""
     max_rows: int = MAX_ROWS
     """Of a block."""
+    pack_codes: Callable[[Tensor, Tensor, Tensor | None], Matrix] | None = None
+    """Of codes, scales and biases: where weights are held as they are stored. Else they are dequantized first."""
     ffn: Callable[[ExpertSpec], Ffn] | None = None
     """All of it in a way of its own, where it has one. Else it is made of two products."""
     in_pool: bool = False
@@ -90,14 +93,14 @@ class CpuKernel:
             self.arithmetic, self._slot_bytes = choose_arithmetic(spec, torch.get_num_threads())
         else:
             self.arithmetic = arithmetic
-            self._slot_bytes = _num_bytes(arithmetic, _pack(arithmetic, probe_weights(spec)))
+            self._slot_bytes = _num_bytes(arithmetic, _pack(spec, arithmetic, probe_weights(spec)))
         self._ffn = _ffn(spec, self.arithmetic)
         self._slots: list[Expert | None] = [None] * num_slots
         self._pool = huge_pages(num_slots * self._slot_bytes) if self.arithmetic.in_pool else None
 
     def write(self, slot: int, weights: ExpertWeights) -> None:
         weights.check(self.spec)
-        expert = _pack(self.arithmetic, weights)
+        expert = _pack(self.spec, self.arithmetic, weights)
         if self._pool is not None:
             first = slot * self._slot_bytes
             expert = _moved(expert, self._pool[first : first + self._slot_bytes])
@@ -122,7 +125,7 @@ def choose_arithmetic(spec: ExpertSpec, num_threads: int) -> tuple[Arithmetic, i
     x_RH = probe_rows(spec, MAX_ROWS)
     for arithmetic in _preferred(spec):
         try:
-            expert = _pack(arithmetic, weights)
+            expert = _pack(spec, arithmetic, weights)
             passed = is_row_invariant(functools.partial(_one, _ffn(spec, arithmetic), expert), x_RH)
         except RuntimeError:  # oneDNN refuses some dtypes and shapes on some processors, and says so only when called
             continue
@@ -187,11 +190,18 @@ def _written(slots: Sequence[Expert | None], slot: int) -> Expert:
     return expert
 
 
-def _pack(arithmetic: Arithmetic, weights: ExpertWeights) -> Expert:
-    w_in, w_out, b_in, b_out = (None if tensor is None else tensor.to(arithmetic.dtype) for tensor in weights)
-    assert w_in is not None
-    assert w_out is not None
-    return arithmetic.pack(w_in, b_in), arithmetic.pack(w_out, b_out)
+def _pack(spec: ExpertSpec, arithmetic: Arithmetic, weights: ExpertWeights) -> Expert:
+    if arithmetic.pack_codes is not None:
+        assert weights.s_in is not None
+        assert weights.s_out is not None
+        into = arithmetic.pack_codes(weights.w_in, weights.s_in, weights.b_in)
+        return into, arithmetic.pack_codes(weights.w_out, weights.s_out, weights.b_out)
+    plain = dequantize(weights, spec)
+    b_in, b_out = (None if tensor is None else tensor.to(arithmetic.dtype) for tensor in (plain.b_in, plain.b_out))
+    return (
+        arithmetic.pack(plain.w_in.to(arithmetic.dtype), b_in),
+        arithmetic.pack(plain.w_out.to(arithmetic.dtype), b_out),
+    )
 
 
 def _num_bytes(arithmetic: Arithmetic, expert: Expert) -> int:
@@ -207,6 +217,9 @@ def _moved(expert: Expert, memory: Tensor) -> Expert:
 
 def _preferred(spec: ExpertSpec) -> Iterator[Arithmetic]:
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not spec.format.is_dense:
+        yield from _preferred_quantized(spec)
+        return
     # Units for bfloat16 matrices do an order more than float32 can in prompts' large products.
     if has_onednn and spec.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
         yield _prepacked("bfloat16")
@@ -222,8 +235,29 @@ def _preferred(spec: ExpertSpec) -> Iterator[Arithmetic]:
     yield ONE_ROW
 
 
+def _preferred_quantized(spec: ExpertSpec) -> Iterator[Arithmetic]:
+    """Codes as they are stored; or what they stand for, in float32, as no shorter type holds it."""
+    if importlib.util.find_spec("llvmlite") is not None:
+        if not spec.format.group:
+            yield _panels_of_codes(spec.format.code)
+        yield _panels("float32")
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        yield _prepacked("float32")
+    yield BY_FOURS
+    yield ONE_ROW
+
+
+def _panels_of_codes(code: str) -> Arithmetic:
+    from expertmesh.kernels.cpu_panels import pack_codes
+
+    def packed(codes_NK: Tensor, s_1N: Tensor, b_N: Tensor | None) -> Matrix:
+        return Matrix(pack_codes(codes_NK, s_1N[0], b_N), None)
+
+    return replace(_panels(code), pack_codes=packed)
+
+
 def _panels(dtype: str) -> Arithmetic:
-    """Our own machine code. Weights stay in the spec's dtype."""
+    """Our own machine code. Weights stay in `dtype`, or in codes of that name."""
     from expertmesh.kernels.cpu_panels import Ffn as PanelFfn
     from expertmesh.kernels.cpu_panels import multiply, pack
 

@@ -1,11 +1,13 @@
 """Machine code for the product of rows and panels: each weight is read once, and widened to float32 in registers.
 
 Owns the code and what it is given (`Call`). Knows nothing of experts, of torch, or of who runs it. Its invariant: an
-element of y is one chain of fused multiply-adds from its bias along k = 0, 1, ..., K - 1, by IEEE rules. So its bits
+element of y is one chain of fused multiply-adds from its bias along k = 0, 1, ..., K - 1, by IEEE rules; or from 0,
+if weights are codes, and then one more with its column's scale and its bias. So its bits
 depend on its row and its column alone, and are the same on every processor, whatever the number of rows, of threads and
 of registers.
 
-A panel holds `COLUMNS` columns of y: their float32 biases, then for each k a line of their weights. The code walks down
+A panel holds `COLUMNS` columns of y: their float32 biases, their scales if weights are codes, then for each k a line of
+their weights. The code walks down
 the panel with a tile of up to `TILE_ROWS` rows in registers (the outer product of Goto and van de Geijn, "Anatomy of
 high-performance matrix multiplication", 2008), and fetches what it will need next while it computes.
 
@@ -21,7 +23,21 @@ from typing import TYPE_CHECKING
 
 from llvmlite import ir
 
-from expertmesh.kernels.cpu_ir import F16, F32, I32, I64, POINTER, Work, at, compiled, divide_up, field, loop, worker
+from expertmesh.kernels.cpu_ir import (
+    F16,
+    F32,
+    I8,
+    I32,
+    I64,
+    POINTER,
+    Work,
+    at,
+    compiled,
+    divide_up,
+    field,
+    loop,
+    worker,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,6 +81,13 @@ class Format:
     widen: Callable[[ir.IRBuilder, ir.Value, int], list[ir.Value]]
     needs: frozenset[str]
     """What an x86 processor must have for code that is worth running."""
+    scaled: bool = False
+    """Whether weights are codes, with a scale for each column."""
+
+    @property
+    def head_bytes(self) -> int:
+        """Of a panel, before its first line."""
+        return 4 * COLUMNS * (2 if self.scaled else 1)
 
 
 def _widen_float32(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
@@ -86,12 +109,34 @@ def _widen_bfloat16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.V
     return vectors
 
 
+def _widen_int8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    return [b.sitofp(code, _VECTOR) for code in _bytes(b, address, count)]
+
+
+def _widen_fp8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    """The bits of a float8 e4m3, in place, are those of a float32 whose exponent is biased by 120 more."""
+    vectors = []
+    for code in _bytes(b, address, count):
+        moved = b.shl(code, ir.Constant(_INTS, [20] * LANES))
+        bits = b.and_(moved, ir.Constant(_INTS, [0x87F00000] * LANES))
+        vectors.append(b.fmul(b.bitcast(bits, _VECTOR), ir.Constant(_VECTOR, [2.0**120] * LANES)))
+    return vectors
+
+
+def _bytes(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    """Vectors of bytes as signed numbers of 32 bits."""
+    kind = ir.VectorType(I8, LANES)
+    return [b.sext(b.load(at(b, address, v * LANES), typ=kind, align=LANES), _INTS) for v in range(count)]
+
+
 FORMATS = {
     "float32": Format(itemsize=4, widen=_widen_float32, needs=frozenset({"avx2", "fma"})),
     "bfloat16": Format(itemsize=2, widen=_widen_bfloat16, needs=frozenset({"avx2", "fma"})),
     "float16": Format(itemsize=2, widen=_widen_float16, needs=frozenset({"avx2", "fma", "f16c"})),
+    "int8": Format(itemsize=1, widen=_widen_int8, needs=frozenset({"avx2", "fma"}), scaled=True),
+    "fp8": Format(itemsize=1, widen=_widen_fp8, needs=frozenset({"avx2", "fma"}), scaled=True),
 }
-"""By the dtype of the weights."""
+"""By the dtype of the weights, or the name of their codes."""
 
 
 @functools.cache
@@ -122,7 +167,7 @@ def _product(module: ir.Module, form: Format, tiles: list[ir.Function]) -> None:
     def turn(b: ir.IRBuilder, call: ir.Value, number: ir.Value) -> None:
         per_block, depth, width = (field(b, call, Call, name) for name in ("panels_per_block", "depth", "width"))
         x, y, blocks = (field(b, call, Call, name, POINTER) for name in ("x", "y", "blocks"))
-        panel_bytes = b.mul(b.add(b.mul(depth, I64(form.itemsize)), I64(4)), I64(COLUMNS))
+        panel_bytes = b.add(b.mul(depth, I64(form.itemsize * COLUMNS)), I64(form.head_bytes))
         block = at(b, blocks, b.mul(b.udiv(number, per_block), I64(3 * 8)))
         column = b.urem(number, per_block)
         panel = at(b, b.load(block, typ=POINTER), b.mul(column, panel_bytes))
@@ -169,7 +214,7 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
     count = VECTORS if num_rows <= WHOLE_PANEL_ROWS else VECTORS // 2
     vector_bytes = LANES * form.itemsize
     for start in range(0, VECTORS, count):
-        lines = at(b, panel, 4 * COLUMNS + start * vector_bytes)
+        lines = at(b, panel, form.head_bytes + start * vector_bytes)
         if count == VECTORS:
             ahead, how = at(b, lines, NEAR_BYTES), _READ_NEAR
         else:  # each walk is bound by arithmetic, and fetches its share of the whole next panel meanwhile
@@ -190,7 +235,12 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
             return [b.call(module.globals[_FMA], [*pair, one]) for pair, one in zip(factors, sums, strict=True)]
 
         biases = [_load(b, panel, 4 * LANES * v, _VECTOR) for v in range(start, start + count)]
-        sums = loop(b, depth, biases * num_rows, step)
+        zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * count
+        sums = loop(b, depth, (zeros if form.scaled else biases) * num_rows, step)
+        if form.scaled:
+            scales = [_load(b, panel, 4 * (COLUMNS + LANES * v), _VECTOR) for v in range(start, start + count)]
+            terms = zip(sums, scales * num_rows, biases * num_rows, strict=True)
+            sums = [b.call(module.globals[_FMA], [*term]) for term in terms]
         for r, y_row in enumerate(y_rows):
             for v in range(count):
                 b.store(sums[r * count + v], at(b, y_row, 4 * LANES * (start + v)), align=4)

@@ -1,4 +1,4 @@
-"""Weights in panels, the product with them, and the whole FFN, on torch's threads.
+"""Weights in panels, in the spec's dtype or its codes, the product with them, and the whole FFN, on torch's threads.
 
 Owns the packing and the division of work among threads; the machine code is `cpu_code`'s and `cpu_row_code`'s, and so
 is the invariant: an element's bits depend on its row and its column alone, whoever computes it beside whatever else.
@@ -41,7 +41,7 @@ CHUNKS_PER_THREAD = 4
 MIN_ELEMENTS = 2**14
 """That a thread takes at a time where it computes them one by one: another is not woken for less."""
 
-BIAS_BYTES = 4 * COLUMNS
+HEAD_BYTES = 4 * COLUMNS
 
 
 def pack(dtype: torch.dtype, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
@@ -52,9 +52,25 @@ def pack(dtype: torch.dtype, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
     w = F.pad(w_NK.to(dtype), (0, 0, 0, missing)).view(num_panels, COLUMNS, depth).transpose(1, 2)
     if dtype == torch.bfloat16:
         w = w.reshape(num_panels, depth, -1, 2, LANES).transpose(-1, -2)
-    lines = w.contiguous().view(torch.uint8).view(num_panels, -1)
-    biases = torch.zeros(num_panels * COLUMNS) if b_N is None else F.pad(b_N.float(), (0, missing))
-    return torch.cat([biases.view(torch.uint8).view(num_panels, BIAS_BYTES), lines], dim=1)
+    return torch.cat([_head(b_N, num_results), w.contiguous().view(torch.uint8).view(num_panels, -1)], dim=1)
+
+
+def pack_codes(codes_NK: Tensor, s_N: Tensor, b_N: Tensor | None) -> Tensor:
+    """Panels of codes of one byte, which each row's scale turns into its weights."""
+    num_results, depth = codes_NK.shape
+    num_panels = -(-num_results // COLUMNS)
+    codes = F.pad(codes_NK.view(torch.uint8), (0, 0, 0, num_panels * COLUMNS - num_results))
+    lines = codes.view(num_panels, COLUMNS, depth).transpose(1, 2).reshape(num_panels, -1)
+    return torch.cat([_head(b_N, num_results), _head(s_N, num_results), lines], dim=1)
+
+
+def _head(values_N: Tensor | None, num_results: int) -> Tensor:
+    """Biases or scales as each panel begins with them; zeros where there are none."""
+    num_panels = -(-num_results // COLUMNS)
+    filled = torch.zeros(num_panels * COLUMNS)
+    if values_N is not None:
+        filled[:num_results] = values_N
+    return filled.view(torch.uint8).view(num_panels, HEAD_BYTES)
 
 
 _Block: TypeAlias = "tuple[Tensor, tuple[int, int]]"

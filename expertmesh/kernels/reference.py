@@ -1,7 +1,8 @@
 """The oracle of every kernel: one pair at a time, in float32, with no thought of speed.
 
 Owns a float32 copy of each expert. Its invariant holds by construction: a pair is computed alone. Rows and weights are
-upcast, h, a and y are float32, and y is rounded to the spec's dtype at the end: the only rounding but float32's own.
+upcast, codes are dequantized, h, a and y are float32, and y is rounded to the spec's dtype at the end: the only
+rounding but float32's own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from expertmesh.kernels.activation import activate
+from expertmesh.kernels.quantization import dequantize
 from expertmesh.kernels.spec import ExpertWeights
 
 if TYPE_CHECKING:
@@ -33,11 +35,9 @@ class ReferenceKernel:
 
     def write(self, slot: int, weights: ExpertWeights) -> None:
         weights.check(self.spec)
+        plain = dequantize(weights, self.spec)
         self._experts[slot] = ExpertWeights(
-            weights.w_in.to(torch.float32, copy=True),
-            weights.w_out.to(torch.float32, copy=True),
-            None if weights.b_in is None else weights.b_in.to(torch.float32, copy=True),
-            None if weights.b_out is None else weights.b_out.to(torch.float32, copy=True),
+            *(None if tensor is None else tensor.to(torch.float32, copy=True) for tensor in plain)  # type: ignore[arg-type]
         )
 
     def clear(self, slot: int) -> None:
@@ -52,7 +52,7 @@ class ReferenceKernel:
 
 
 def compute_row(spec: ExpertSpec, expert: ExpertWeights, x_H: Tensor) -> Tensor:
-    """One expert's float32 answer to one float32 row. The weights may be of any dtype."""
+    """One expert's float32 answer to one float32 row. The weights are dense, of any dtype."""
     h_N = _product(expert.w_in, x_H)
     if expert.b_in is not None:
         h_N = h_N + expert.b_in

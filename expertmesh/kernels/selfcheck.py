@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from expertmesh.kernels.quantization import quantize
 from expertmesh.kernels.spec import ExpertWeights
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def probe_weights(spec: ExpertSpec) -> ExpertWeights:
         name: _noise(shape, scale=2.0 ** -round(math.log2(fan_in[name]) / 2), seed=seed).to(dtype)
         for seed, (name, shape) in enumerate(spec.shapes.items(), start=2)
     }
-    return ExpertWeights(**tensors)
+    return quantize(ExpertWeights(**tensors), spec)
 
 
 def is_row_invariant(ffn: Callable[[Tensor], Tensor], x_RH: Tensor) -> bool:

@@ -62,8 +62,8 @@ class TritonKernel:
         self.chip = chip or chip_of(self.device)
         self._dtype = getattr(torch, spec.dtype)
         self.slabs = {
-            name: torch.empty(num_slots, *shape, dtype=self._dtype, device=self.device)
-            for name, shape in spec.shapes.items()
+            name: torch.empty(num_slots, *shape, dtype=getattr(torch, dtype), device=self.device)
+            for name, (dtype, shape) in spec.stored.items()
         }
         self._tensor_maps: dict[tuple[str, int, int], TensorDescriptor] = {}
         self.tilings = tilings(spec, self.chip)
@@ -236,6 +236,7 @@ class TritonKernel:
             slot_P,
             block,
             self._tensor_map(f"w_{name}", constants["BLOCK_N"], tile.depth) if constants["TENSOR_MAP"] else w,
+            self.slabs.get(f"s_{name}"),
             self.slabs.get(f"b_{name}"),
             y_PN,
             y_row_P,

@@ -7,7 +7,10 @@ split, and nothing is added atomically.
 
 **The weights stand on the left.** A tile computes w @ x.T, so that the rows of the call lie along the short side of
 the matrix instruction. Then 8 rows fill an instruction that would want 64 on its other side, and a tile for 8 rows and
-one for 128 use instructions of one kind that differ only in their width.
+one for 128 use instructions of one kind that differ only in their width. The left side may also come from registers,
+where quantized weights are widened to the dtype of the rows, which holds every code exactly: so a product's only
+rounding is that of its sums, and its scales. One scale for a row is applied to its sum; groups of columns are summed
+each on their own, in steps of one size whatever the tile.
 
 Shapes: S slots, T token rows, P pairs, B blocks. Inside kernels: M rows of the call, N rows of a weight, K columns.
 """
@@ -24,12 +27,16 @@ def product_kernel(
     x_row_ptr,  # [P] int32: the row of x of each pair; read if GATHER
     slot_ptr,  # [P] int32, equal ones together
     block_ptr,  # [B + 2] int32: the number of blocks, the first pair of each, P
-    w_ptr,  # [S * RN, K], a tensor map of blocks [BLOCK_N, BLOCK_K] if TENSOR_MAP; RN = 2N if GATED, else N
+    w_ptr,  # [S * RN, W], a tensor map of blocks [BLOCK_N, BLOCK_K] if TENSOR_MAP; RN = 2N if GATED, else N
+    s_ptr,  # [S, G, RN]: the scales of G groups of columns; read unless CODE is "dense"
     b_ptr,  # [S, RN]; read if BIASED
     y_ptr,  # [P, N]
     y_row_ptr,  # [P] int32: the row of y of each pair; read if SCATTER
     N: tl.constexpr,
     K: tl.constexpr,
+    W: tl.constexpr,  # elements of a stored row of weights: K, or less if each holds the codes of two columns
+    CODE: tl.constexpr,  # as `WeightFormat.code`
+    GROUP: tl.constexpr,  # elements of W that share a scale, a multiple of BLOCK_K; 0: all of a row
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     GATED: tl.constexpr,
@@ -50,6 +57,7 @@ def product_kernel(
     rows_in: tl.constexpr = N * 2 if GATED else N
     num_blocks = tl.load(block_ptr)
     num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    num_groups: tl.constexpr = (W + GROUP - 1) // GROUP if GROUP > 0 else 1
     k_K = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), num_blocks * num_columns, tl.num_programs(0)):
         block, column = _place(tile, num_blocks, num_columns, BAND)
@@ -69,29 +77,37 @@ def product_kernel(
         if TENSOR_MAP:
             w_row = slot * rows_in + column * BLOCK_N
         else:
-            w_NK = w_ptr + row_N[:, None] * K + k_K[None, :]
-        for k in range(0, K, BLOCK_K):
-            if K % BLOCK_K == 0:
-                x = tl.load(x_KM + k)
+            w_NK = w_ptr + row_N[:, None] * W + k_K[None, :]
+        if CODE == "dense":
+            s_N = n_N  # never read
+        else:
+            s_N = s_ptr + (slot.to(tl.int64) * num_groups * rows_in + tl.minimum(n_N, N - 1))
+        for k in range(0, W, BLOCK_K):
+            if CODE == "int4":
+                # Of the bytes, a group has GROUP; of columns, twice as many.
+                k_x = 2 * k if GROUP == BLOCK_K else 2 * k - k % GROUP
+                x = _load(x_KM + k_x, (k_K < K - k_x)[:, None], K % (2 * GROUP) != 0)
+                x_above = _load(x_KM + (k_x + GROUP), (k_K < K - k_x - GROUP)[:, None], K % (2 * GROUP) != 0)
             else:
-                in_K = k_K < K - k
-                x = tl.load(x_KM + k, mask=in_K[:, None], other=0.0)
+                x = _load(x_KM + k, (k_K < K - k)[:, None], K % BLOCK_K != 0)
+                x_above = x
+            group = s_N + (k // GROUP * rows_in if GROUP > 0 else 0)
             if TENSOR_MAP:
                 w = w_ptr.load([w_row, k])
-            elif K % BLOCK_K == 0:
-                w = tl.load(w_NK + k)
             else:
-                w = tl.load(w_NK + k, mask=in_K[None, :], other=0.0)
-            gate_NM = tl.dot(w, x, gate_NM, input_precision="ieee")
+                w = _load(w_NK + k, (k_K < W - k)[None, :], W % BLOCK_K != 0)
+            gate_NM = _multiply(w, x, x_above, gate_NM, group, CODE, GROUP)
             if GATED:
                 if TENSOR_MAP:
                     w = w_ptr.load([w_row + N, k])
-                elif K % BLOCK_K == 0:
-                    w = tl.load(w_NK + (N * K + k))
                 else:
-                    w = tl.load(w_NK + (N * K + k), mask=in_K[None, :], other=0.0)
-                up_NM = tl.dot(w, x, up_NM, input_precision="ieee")
+                    w = _load(w_NK + (N * W + k), (k_K < W - k)[None, :], W % BLOCK_K != 0)
+                up_NM = _multiply(w, x, x_above, up_NM, group + N, CODE, GROUP)
 
+        if CODE != "dense" and GROUP == 0:
+            gate_NM *= tl.load(s_N)[:, None]
+            if GATED:
+                up_NM *= tl.load(s_N + N)[:, None]
         if BIASED:
             gate_NM += tl.load(b_ptr + row_N).to(tl.float32)[:, None]
             if GATED:
@@ -100,6 +116,49 @@ def product_kernel(
         y_row_M = (tl.load(y_row_ptr + pair_M) if SCATTER else pair_M).to(tl.int64)
         y = y_ptr + y_row_M[None, :] * N + n_N[:, None]
         tl.store(y, y_NM.to(y_ptr.dtype.element_ty), mask=(m_M < stop)[None, :] & (n_N < N)[:, None])
+
+
+@triton.jit
+def _load(pointers, inside, MASKED: tl.constexpr):
+    if MASKED:
+        values = tl.load(pointers, mask=inside, other=0)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def _multiply(w, x, x_above, sum_NM, s_N, CODE: tl.constexpr, GROUP: tl.constexpr):
+    """sum_NM and the product of a block of stored weights with the rows' columns, scaled if groups have scales."""
+    if GROUP == 0:
+        sum_NM = tl.dot(_widen(w, CODE, x.dtype), x, sum_NM, input_precision="ieee")
+    else:
+        part_NM = tl.zeros_like(sum_NM)
+        if CODE == "int4":
+            part_NM = tl.dot(_widen(w & 15, CODE, x.dtype), x, part_NM, input_precision="ieee")
+            part_NM = tl.dot(_widen(w >> 4, CODE, x.dtype), x_above, part_NM, input_precision="ieee")
+        else:
+            part_NM = tl.dot(_widen(w, CODE, x.dtype), x, part_NM, input_precision="ieee")
+        sum_NM = tl.fma(part_NM, tl.load(s_N).to(tl.float32)[:, None].broadcast_to(part_NM.shape), sum_NM)
+    return sum_NM
+
+
+@triton.jit
+def _widen(w, CODE: tl.constexpr, TO: tl.constexpr):
+    """Codes as numbers of another type, which has them all. Float8 goes by integers, as not every chip knows it: its
+    bits are those of a float16 whose exponent is biased by 8 more."""
+    if CODE == "dense":
+        values = w
+    elif CODE == "int8":
+        values = w.to(TO)
+    elif CODE == "int4":
+        values = (w.to(tl.int8) - 8).to(TO)
+    else:
+        tl.static_assert(CODE == "fp8", "unknown code")
+        bits = w.to(tl.uint16)
+        bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        values = (bits.to(tl.float16, bitcast=True) * 256.0).to(TO)
+    return values
 
 
 @triton.jit

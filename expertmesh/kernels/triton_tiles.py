@@ -21,6 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from expertmesh.kernels.formats import WeightFormat
     from expertmesh.kernels.spec import ExpertSpec
 
 MAX_PROGRAMS = 2
@@ -30,6 +31,9 @@ MAX_PROGRAMS = 2
 MAX_STAGES = 7
 MAX_WEIGHTS = 256
 """What a tensor map copies at once, and what the registers of 8 warps accumulate for 128 rows."""
+
+MIN_SHARED_BYTES = 8 * 1024
+"""What moving a result between layouts takes, at least."""
 
 BAND = 8
 """Blocks that tiles go down before the next column: a busy expert's blocks share each piece of its weights."""
@@ -67,7 +71,7 @@ class Tile:
     weights: int
     """Rows of weight, gate and up together."""
     depth: int
-    """Columns of weight per step along K."""
+    """Elements of a stored row of weights per step along K."""
     warps: int
     stages: int
     """Steps along K whose operands are on their way at once."""
@@ -124,7 +128,12 @@ def shared_bytes(tile: Tile, spec: ExpertSpec, chip: Chip) -> int:
     """An upper bound of the shared memory that a program takes. Where threads load for themselves, one of the steps
     on their way is in registers."""
     steps = tile.stages if chip.has_tensor_maps else max(1, tile.stages - 1)
-    return steps * (tile.weights + tile.rows) * tile.depth * spec.itemsize + 1024
+    form = spec.format
+    weight_bytes = spec.itemsize if form.is_dense else 1
+    row_bytes = form.codes_per_byte * spec.itemsize
+    scales = 4 * tile.weights * steps if form.group else 0
+    operands = steps * tile.depth * (tile.weights * weight_bytes + tile.rows * row_bytes) + scales
+    return max(operands, MIN_SHARED_BYTES) + 1024
 
 
 def candidates(spec: ExpertSpec, chip: Chip) -> tuple[Tile, ...]:
@@ -133,8 +142,10 @@ def candidates(spec: ExpertSpec, chip: Chip) -> tuple[Tile, ...]:
     found: dict[Tile, None] = {}
     for tile in _tiles(spec, chip):
         found[fit(tile, spec, chip)] = None
+        # Groups of columns are summed by steps: another depth would give other bits.
+        depths = (tile.depth,) if spec.format.group else (tile.depth, tile.depth * 2)
         for weights, depth, programs in itertools.product(
-            (tile.weights, tile.weights * 2), (tile.depth, tile.depth * 2), range(1, MAX_PROGRAMS + 1)
+            (tile.weights, tile.weights * 2), depths, range(1, MAX_PROGRAMS + 1)
         ):
             warps = max(tile.warps, 8 if weights * tile.rows >= 128 * 128 else 4)
             share = replace(chip, shared_bytes=chip.shared_bytes // programs)
@@ -165,9 +176,15 @@ def product_constants(
     into = product == "in"
     gated = into and spec.gated
     columns = spec.hidden if into else spec.intermediate
+    form = spec.format
+    stored = form.stored_columns(columns)
+    weight_bytes = spec.itemsize if form.is_dense else 1
     return {
         "N": spec.intermediate if into else spec.hidden,
         "K": columns,
+        "W": stored,
+        "CODE": form.code,
+        "GROUP": form.group // form.codes_per_byte,
         "GATHER": into,
         "SCATTER": scatter,
         "GATED": gated,
@@ -176,7 +193,7 @@ def product_constants(
         "LIMIT": spec.activation.limit,
         "ALPHA": spec.activation.alpha,
         # A tensor map's rows begin at multiples of 16 bytes.
-        "TENSOR_MAP": chip.has_tensor_maps and columns * spec.itemsize % 16 == 0,
+        "TENSOR_MAP": chip.has_tensor_maps and stored * weight_bytes % 16 == 0,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns(gated),
         "BLOCK_K": tile.depth,
@@ -185,16 +202,32 @@ def product_constants(
 
 
 def _tiles(spec: ExpertSpec, chip: Chip) -> list[Tile]:
+    form = spec.format
     if spec.dtype == "float32" or not chip.has_matrix_unit:
-        return [
+        tiles = [
             Tile(rows=16, weights=64, depth=32, warps=4, stages=3),
             Tile(rows=32, weights=64, depth=32, warps=4, stages=3),
         ]
+        if form.group:
+            tiles = [replace(tile, depth=tile.depth // form.codes_per_byte, warps=8) for tile in tiles]
+        return [_stepped(tile, form) for tile in tiles]
     # Hopper's and Blackwell's wide instructions take 64 rows of weight and at least 16 rows of the call: with fewer of
     # either the compiler falls back to older ones. So a gated tile, of two products, has 128 rows of weight or more.
-    return [
+    tiles = [
         Tile(rows=16, weights=128, depth=64, warps=4, stages=6),
         Tile(rows=32, weights=128, depth=64, warps=4, stages=5),
         Tile(rows=64, weights=128, depth=64, warps=4, stages=4),
         Tile(rows=128, weights=256, depth=64, warps=8, stages=4),
     ]
+    if form.is_dense:
+        return tiles
+    # Codes on their way take little memory, but what they are widened to and a group's own sums take registers.
+    most = MAX_WEIGHTS if chip.has_tensor_maps and not form.group else 128
+    if not chip.has_tensor_maps:
+        tiles = [replace(tile, stages=3, depth=32 if form.group else tile.depth) for tile in tiles]
+    return [_stepped(replace(tile, weights=min(tile.weights, most)), form) for tile in tiles]
+
+
+def _stepped(tile: Tile, form: WeightFormat) -> Tile:
+    """The tile with steps that end where groups of columns do."""
+    return replace(tile, depth=min(tile.depth, form.group // form.codes_per_byte)) if form.group else tile

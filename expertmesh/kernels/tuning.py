@@ -139,7 +139,7 @@ def _median_ms(launch: Callable[[], None]) -> float:
 
 def _key(spec: ExpertSpec) -> str:
     parts = [f"{spec.hidden}x{spec.intermediate}", spec.dtype, "gated" if spec.gated else "ungated"]
-    return " ".join(parts)
+    return " ".join(parts if spec.format.is_dense else [*parts, spec.weight_format])
 
 
 def _read(file: Path) -> dict[str, Any]:

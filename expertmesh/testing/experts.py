@@ -13,6 +13,7 @@ import torch
 from expertmesh.hosts.configuration import HostConfiguration
 from expertmesh.hosts.host import Host
 from expertmesh.ids import ExpertId, HostId
+from expertmesh.kernels.quantization import quantize
 from expertmesh.kernels.reference import ReferenceKernel
 from expertmesh.kernels.spec import Activation, ExpertSpec, ExpertWeights
 from expertmesh.placement import HostInfo, Placement
@@ -24,19 +25,20 @@ SILU = Activation(name="silu")
 
 
 def random_weights(spec: ExpertSpec, seed: int) -> ExpertWeights:
-    """One expert whose output is about as large as its input."""
+    """One expert whose output is about as large as its input, in the spec's format."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         scale = shape[-1] ** -0.5
         return torch.Tensor.to(torch.randn(shape, generator=generator) * scale, getattr(torch, spec.dtype))
 
-    return ExpertWeights(
+    dense = ExpertWeights(
         w_in=draw(spec.rows_in, spec.hidden),
         w_out=draw(spec.hidden, spec.intermediate),
         b_in=draw(spec.rows_in) if spec.bias else None,
         b_out=draw(spec.hidden) if spec.bias else None,
     )
+    return quantize(dense, spec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from expertmesh.fault import Fault, FaultKind
 from expertmesh.hosts.configuration import HostConfiguration
 from expertmesh.ids import MAX_EXPERTS, MAX_LAYERS
 from expertmesh.kernels.activation import ACTIVATIONS, POINTWISE
+from expertmesh.kernels.formats import FORMATS
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec
 from expertmesh.transport import LayerReply, LayerRequest
 
@@ -208,6 +209,7 @@ def encode_spec(spec: ExpertSpec) -> pb.ExpertSpec:
         limit=spec.activation.limit,
         alpha=spec.activation.alpha,
         dtype=DTYPE_NUMBERS[spec.dtype],
+        weight_format=spec.weight_format,
     )
 
 
@@ -217,6 +219,8 @@ def decode_spec(message: pb.ExpertSpec) -> ExpertSpec:
     if message.activation not in (ACTIVATIONS if message.gated else POINTWISE):
         kind = "gated" if message.gated else "ungated"
         raise ProtocolError(f"spec: there is no activation {message.activation[:40]!r} for {kind} experts here")
+    if (weight_format := message.weight_format or "dense") not in FORMATS:
+        raise ProtocolError(f"spec: there is no weight format {weight_format[:40]!r} here")
     return ExpertSpec(
         hidden=message.hidden,
         intermediate=message.intermediate,
@@ -224,6 +228,7 @@ def decode_spec(message: pb.ExpertSpec) -> ExpertSpec:
         bias=message.bias,
         activation=Activation(name=message.activation, limit=message.limit, alpha=message.alpha),
         dtype=_FROM_DTYPE[message.dtype],
+        weight_format=weight_format,
     )
 
 

@@ -8,6 +8,8 @@ import torch
 
 from expertmesh.kernels import ExpertKernel
 from expertmesh.kernels.activation import GATED, POINTWISE
+from expertmesh.kernels.formats import FORMATS
+from expertmesh.kernels.quantization import quantize
 from expertmesh.kernels.spec import Activation, ExpertSpec, ExpertWeights
 
 NUM_SLOTS = 4
@@ -16,6 +18,8 @@ NUM_ROWS = 24
 SILU = Activation(name="silu")
 GATED_ACTIVATIONS = [Activation(name=name, limit=1.5, alpha=1.25) for name in (*POINTWISE, *GATED)]
 UNGATED_ACTIVATIONS = [Activation(name=name) for name in POINTWISE]
+
+QUANTIZED = [name for name in FORMATS if name != "dense"]
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}
 """Of a kernel against the reference: a few units in the last place of values of magnitude one."""
@@ -29,9 +33,16 @@ def make_spec(
     gated: bool = True,
     bias: bool = False,
     activation: Activation = SILU,
+    weight_format: str = "dense",
 ) -> ExpertSpec:
     return ExpertSpec(
-        hidden=hidden, intermediate=intermediate, dtype=dtype, gated=gated, bias=bias, activation=activation
+        hidden=hidden,
+        intermediate=intermediate,
+        dtype=dtype,
+        gated=gated,
+        bias=bias,
+        activation=activation,
+        weight_format=weight_format,
     )
 
 
@@ -42,7 +53,7 @@ def random_expert(spec: ExpertSpec, seed: int) -> ExpertWeights:
         name: (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(getattr(torch, spec.dtype))
         for name, shape in spec.shapes.items()
     }
-    return ExpertWeights(**tensors)
+    return quantize(ExpertWeights(**tensors), spec)
 
 
 @functools.cache

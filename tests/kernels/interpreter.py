@@ -78,15 +78,33 @@ def _kernel(spec: ExpertSpec, *, tensor_maps: bool = True) -> Any:
     return filled(TritonKernel(spec, NUM_SLOTS, DEVICE, chip=chip))
 
 
-def bench_sides() -> dict[str, np.ndarray]:
+def bench_sides(weight_format: str = "dense") -> dict[str, np.ndarray]:
     """What every side of the bench computes for one small routing."""
     from expertmesh.bench.kernel_gpu import Shape, random_routing, sides
     from expertmesh.kernels.triton_kernel import TritonKernel
 
     shape = Shape(num_experts=NUM_SLOTS, top_k=2, hidden=64, intermediate=48)
-    kernel = filled(TritonKernel(shape.spec("float32"), shape.num_experts, DEVICE))
+    kernel = filled(TritonKernel(shape.spec("float32", weight_format), shape.num_experts, DEVICE))
     routing = random_routing(shape, 11, "float32", DEVICE, seed=0)
     return {name: side(routing)().cpu().numpy() for name, side in sides(kernel).items()}
+
+
+def bench_fill(weight_format: str) -> tuple[float, float]:
+    """The root mean squares of weights that the bench draws: of w_in and of w_out, times the root of their columns."""
+    from expertmesh.bench.kernel_gpu import Shape, _fill
+    from expertmesh.kernels.quantization import dequantize_matrix
+    from expertmesh.kernels.triton_kernel import TritonKernel
+
+    spec = Shape(num_experts=1, top_k=1, hidden=128, intermediate=256).spec("float32", weight_format)
+    kernel = TritonKernel(spec, 1, DEVICE)
+    _fill(kernel)
+    found = []
+    for name, columns in (("in", spec.hidden), ("out", spec.intermediate)):
+        w = kernel.slabs[f"w_{name}"][0].cpu()
+        if not spec.format.is_dense:
+            w = dequantize_matrix(w, kernel.slabs[f"s_{name}"][0].cpu(), spec.format, columns)
+        found.append(float(w.square().mean().sqrt()) * columns**0.5)
+    return found[0], found[1]
 
 
 def tune(spec: ExpertSpec, loads: list[list[int]]) -> tuple[list[Any], tuple[Any, ...], bool]:

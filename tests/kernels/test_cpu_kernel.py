@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from expertmesh.errors import ConfigError
-from expertmesh.kernels import cpu
+from expertmesh.kernels import cpu, slot_bytes
 from expertmesh.kernels.blocks import MAX_PAIRS
 from expertmesh.kernels.cpu import BY_FOURS, MAX_ROWS, ONE_ROW, CpuKernel, choose_arithmetic, plain
 from expertmesh.kernels.reference import ReferenceKernel
@@ -23,6 +23,7 @@ from tests.kernels.cases import (
     GATED_ACTIVATIONS,
     NUM_ROWS,
     NUM_SLOTS,
+    QUANTIZED,
     TOLERANCE,
     UNGATED_ACTIVATIONS,
     filled,
@@ -70,6 +71,24 @@ def test_it_computes_what_the_reference_does(hidden, intermediate, dtype):
         assert_matches_reference(kernel, num_pairs)
 
 
+@pytest.mark.parametrize("weight_format", QUANTIZED)
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "dtype"), [(1, 1, "float32"), (37, 7, "float16"), (300, 130, "bfloat16")]
+)
+def test_quantized_weights_compute_what_they_stand_for(hidden, intermediate, dtype, weight_format):
+    kernel = kernel_of(make_spec(hidden, intermediate, dtype=dtype, bias=True, weight_format=weight_format))
+    for num_pairs in (1, 5, 33):
+        assert_matches_reference(kernel, num_pairs)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+def test_codes_take_a_byte_of_a_slot(weight_format):
+    dense = make_spec(320, 128, dtype="bfloat16")
+    quantized = make_spec(320, 128, dtype="bfloat16", weight_format=weight_format)
+    assert kernel_of(quantized).arithmetic.name == f"panels of {weight_format}"
+    assert slot_bytes(quantized) == pytest.approx(slot_bytes(dense) / 2, rel=0.05)
+
+
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS, ids=lambda activation: activation.name)
 def test_it_knows_every_gated_activation(activation):
     assert_matches_reference(kernel_of(make_spec(40, 37, activation=activation)), 16)
@@ -105,8 +124,11 @@ def test_every_arithmetic_computes_what_the_reference_does(arithmetic):
         make_spec(300, 200, bias=True),
         make_spec(300, 200, dtype="bfloat16"),
         make_spec(100, 7, dtype="float16", gated=False),
+        make_spec(300, 200, dtype="bfloat16", weight_format="int8"),
+        make_spec(100, 70, dtype="bfloat16", bias=True, weight_format="fp8"),
+        make_spec(100, 70, dtype="bfloat16", weight_format="int4_g32"),
     ],
-    ids=lambda spec: f"{spec.hidden}x{spec.intermediate} {spec.dtype}",
+    ids=lambda spec: f"{spec.hidden}x{spec.intermediate} {spec.dtype} {spec.weight_format}",
 )
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertmesh.kernels.formats import FORMATS
+from expertmesh.kernels.quantization import decode, quantize_matrix
 from expertmesh.kernels.spec import DTYPES
 
 binding = pytest.importorskip("llvmlite.binding")
@@ -99,7 +101,29 @@ def test_every_weight_that_the_dtype_has_is_widened_exactly(dtype):
     assert torch.equal(y_RN[0], values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", ["int8", "fp8"])
+def test_every_code_is_widened_exactly(code):
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[decode(codes[:, None], FORMATS[code]).flatten().isfinite()]
+    values = decode(codes[:, None].view(getattr(torch, FORMATS[code].code_dtype)), FORMATS[code]).flatten()
+    packed = cpu_panels.pack_codes(codes[:, None], torch.ones(len(codes)), None)
+    y_RN = cpu_panels.multiply(code, torch.ones(1, 1), [1], [packed])
+    assert torch.equal(y_RN[0, : len(codes)], values)
+
+
+@pytest.mark.parametrize("code", ["int8", "fp8"])
+def test_an_element_of_codes_is_a_chain_that_its_scale_and_bias_end(code):
+    x_RK, b_N, s_N = normal(7, 37), normal(45, seed=2), normal(45, seed=3)
+    codes, _ = quantize_matrix(normal(45, 37, seed=1), FORMATS[code])
+    y_RN = cpu_panels.multiply(code, x_RK, [7], [cpu_panels.pack_codes(codes, s_N, b_N)])[:, :45]
+    chain_RN = chain_of_fmaf(x_RK, decode(codes, FORMATS[code]), torch.zeros(45))
+    scaled = [
+        chain_of_fmaf(chain_RN[:, n : n + 1], s_N[n : n + 1, None], b_N[n : n + 1])[:, 0] for n in range(len(s_N))
+    ]
+    assert torch.equal(y_RN, torch.stack(scaled, 1))
+
+
+@pytest.mark.parametrize("dtype", cpu_code.FORMATS)
 @pytest.mark.parametrize(
     ("triple", "processor"),
     [

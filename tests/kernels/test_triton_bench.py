@@ -7,6 +7,7 @@ import pytest
 
 from expertmesh.bench import kernel_gpu
 from expertmesh.errors import ConfigError
+from expertmesh.kernels.formats import FORMATS
 from tests.kernels import interpreter
 from tests.kernels.interpreter import DEVICE, somewhere
 
@@ -22,6 +23,22 @@ def test_all_sides_of_the_bench_compute_the_same():
         np.testing.assert_allclose(rows, products["expertmesh products"], rtol=2e-5, atol=2e-5)
     for rows in whole.values():
         np.testing.assert_allclose(rows, whole["expertmesh"], rtol=2e-5, atol=2e-5)
+
+
+def test_a_quantized_side_is_alone_and_its_weights_are_of_the_usual_size():
+    with somewhere() as call:
+        assert list(call(interpreter.bench_sides, "int4_g32")) == ["expertmesh", "expertmesh products"]
+        for weight_format in FORMATS:
+            assert call(interpreter.bench_fill, weight_format) == pytest.approx((1, 1), rel=0.1)
+
+
+def test_the_bench_reads_its_arguments(monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernel_gpu, "run", lambda **options: asked.append(options) or {})
+    monkeypatch.setattr("sys.argv", ["kernel_gpu", "--shapes", "mixtral", "--tokens", "8", "--format", "int4_g128"])
+    kernel_gpu.main()
+    assert asked[0]["weight_format"] == "int4_g128"
+    assert asked[0]["token_counts"] == [8]
 
 
 def test_figures_count_active_experts_only():

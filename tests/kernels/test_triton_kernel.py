@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from expertmesh.errors import ConfigError
 from expertmesh.kernels.blocks import cut
+from expertmesh.kernels.formats import FORMATS
 from expertmesh.kernels.reference import ReferenceKernel
+from expertmesh.kernels.spec import Activation
 from expertmesh.kernels.triton_kernel import TritonKernel, chip_of
 from expertmesh.kernels.triton_tiles import tilings
 from tests.kernels import interpreter
@@ -20,6 +22,7 @@ from tests.kernels.cases import (
     GATED_ACTIVATIONS,
     NUM_ROWS,
     NUM_SLOTS,
+    QUANTIZED,
     TOLERANCE,
     UNGATED_ACTIVATIONS,
     filled,
@@ -70,6 +73,24 @@ def test_every_way_through_it_computes_the_same(run, way, dtype, gated):
     spec = make_spec(72, 136, dtype=dtype, gated=gated, bias=gated)
     for num_pairs in (1, 21, 70, 300):
         assert_matches_reference(run, spec, num_pairs, way=way)
+
+
+@pytest.mark.parametrize("weight_format", QUANTIZED)
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "dtype"),
+    [(1, 1, "float32"), (37, 7, "float16"), (64, 272, "float32"), (272, 130, "float16"), (192, 96, "float32")],
+)
+def test_quantized_weights_compute_what_they_stand_for(run, hidden, intermediate, dtype, weight_format):
+    spec = make_spec(hidden, intermediate, dtype=dtype, bias=hidden % 2 == 1, weight_format=weight_format)
+    for num_pairs, way in ((1, "run"), (21, "plain"), (70, "run"), (70, "run_on_device")):
+        assert_matches_reference(run, spec, num_pairs, way=way)
+
+
+@pytest.mark.parametrize("weight_format", QUANTIZED)
+def test_an_ungated_expert_may_be_quantized(run, weight_format):
+    activation = Activation(name="relu2")
+    spec = make_spec(100, 272, gated=False, bias=True, activation=activation, weight_format=weight_format)
+    assert_matches_reference(run, spec, 33)
 
 
 @pytest.mark.parametrize("activation", GATED_ACTIVATIONS, ids=lambda activation: activation.name)
@@ -124,9 +145,10 @@ class TestOnAGpu:
         assert np.array_equal(some_PH, whole_PH[chosen])
 
     @pytest.mark.parametrize("dtype", RUNNABLE_DTYPES)
+    @pytest.mark.parametrize("weight_format", FORMATS)
     @pytest.mark.parametrize(("hidden", "intermediate"), [(2048, 768), (2880, 2880), (1000, 520)])
-    def test_all_tilings_agree_to_the_last_bit(self, dtype, hidden, intermediate):
-        spec = make_spec(hidden, intermediate, dtype=dtype)
+    def test_all_tilings_agree_to_the_last_bit(self, dtype, hidden, intermediate, weight_format):
+        spec = make_spec(hidden, intermediate, dtype=dtype, weight_format=weight_format)
         kernel = TritonKernel(spec, 1, DEVICE)
         begun = tilings(spec, chip_of(kernel.device))
         assert kernel.agreeing(begun) == begun

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from expertmesh.kernels.spec import Activation
 from expertmesh.kernels.triton_ops import block_kernel, product_kernel
 from expertmesh.kernels.triton_tiles import Chip, options, product_constants, shared_bytes, tilings
-from tests.kernels.cases import make_spec
+from tests.kernels.cases import QUANTIZED, make_spec
 
 ALL = bool(os.environ.get("EXPERTMESH_ALL_TARGETS"))
 
@@ -65,6 +65,11 @@ def compile_product(spec, chip_name, tile, product):
     signature = {
         name: "*i32" if name.endswith(("row_ptr", "slot_ptr", "block_ptr")) else f"*{element}" for name in pointers
     }
+    form = spec.format
+    signature["s_ptr"] = "*bf16" if form.scale_dtype == "bfloat16" else "*fp32"
+    if not form.is_dense:
+        element = {"int8": "i8", "uint8": "u8"}[form.code_dtype]
+        signature["w_ptr"] = f"*{element}"
     if constants["TENSOR_MAP"]:
         signature["w_ptr"] = f"tensordesc<{element}[{constants['BLOCK_N']}, {constants['BLOCK_K']}]>"
     source = ASTSource(
@@ -77,7 +82,7 @@ def _aligned(signature):
     return {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(signature.values())
-        if kind in ("*fp32", "*bf16", "*fp16")
+        if kind in ("*fp32", "*bf16", "*fp16", "*i8", "*u8")
     }
 
 
@@ -128,6 +133,23 @@ def test_every_tiling_fits_its_chip_and_uses_one_kind_of_instruction(chip_name, 
         assert kinds == ({INSTRUCTIONS[chip_name]} - {None})
     elif chip.backend == "cuda":
         assert kinds == set()  # TensorFloat-32 would keep 10 bits of a float32 model's 23
+
+
+@pytest.mark.timeout(1800 if ALL else 180)
+@pytest.mark.parametrize("weight_format", QUANTIZED if ALL else ["int8", "int4_g64", "fp8_block"])
+@pytest.mark.parametrize("chip_name", CHIPS)
+def test_codes_are_widened_in_registers_for_the_same_instructions(chip_name, weight_format, tmp_path):
+    spec = make_spec(2048, 768, dtype="float16" if chip_name == "sm_75" else "bfloat16", weight_format=weight_format)
+    chip = CHIPS[chip_name]
+    begun = tilings(spec, chip)
+    kinds = set()
+    for tiling in begun if ALL else (begun[0], begun[-1]):
+        for product, tile in (("in", tiling.into), ("out", tiling.out)):
+            compiled = compile_product(spec, chip_name, tile, product)
+            assert compiled.metadata.shared <= min(chip.shared_bytes, shared_bytes(tile, spec, chip))
+            assert spilled(compiled, tmp_path) == 0
+            kinds |= instructions(compiled)
+    assert kinds == ({INSTRUCTIONS[chip_name]} - {None})
 
 
 @pytest.mark.parametrize("chip_name", CHIPS if ALL else ["sm_75", "gfx942"])

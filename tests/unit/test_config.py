@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from expertmesh.config import MeshConfig, parse_config
+from expertmesh.config import ExpertsSection, MeshConfig, parse_config
 from expertmesh.config_file import load_config
 from expertmesh.errors import ConfigError
 from expertmesh.gates.spec import GateSpec
+from expertmesh.kernels.formats import FORMATS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -117,3 +119,11 @@ def test_a_file_that_is_no_config_is_one_error(tmp_path: Path, text: str) -> Non
 def test_a_file_that_is_not_there_is_one_error() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_config(Path("nowhere.yaml"))
+
+
+def test_a_config_may_name_every_weight_format_and_no_other() -> None:
+    named = get_args(ExpertsSection.model_fields["weight_format"].annotation)
+    assert named == tuple(FORMATS)
+    assert parse_config({"experts": {"weight_format": "int8"}}).experts.weight_format == "int8"
+    with pytest.raises(ConfigError, match=r"experts\.weight_format: Input should be 'dense', 'int8'"):
+        parse_config({"experts": {"weight_format": "int3"}})

@@ -55,6 +55,10 @@ SPEC = pb.ExpertSpec(hidden=4, intermediate=4, gated=True, activation="silu", dt
         ({"specs": [SPEC, SPEC]}, "and all used"),
         ({"specs": [pb.ExpertSpec(hidden=4, intermediate=4, activation="swiglu_oai", dtype=1)]}, "for ungated experts"),
         ({"specs": [pb.ExpertSpec(hidden=4, intermediate=4, activation="none", dtype=1, gated=True)]}, "no activation"),
+        (
+            {"specs": [pb.ExpertSpec(hidden=4, intermediate=4, activation="silu", dtype=1, weight_format="int3")]},
+            "no weight format 'int3'",
+        ),
     ],
 )
 def test_a_configuration_that_no_host_could_follow_is_refused(changes, message) -> None:

@@ -8,14 +8,22 @@ import torch
 from expertmesh.errors import CheckpointError
 from expertmesh.hosts import selftest
 from expertmesh.kernels.cpu import CpuKernel
+from expertmesh.kernels.formats import FORMATS
 from expertmesh.kernels.reference import ReferenceKernel, compute_row
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec, ExpertWeights
 from expertmesh.testing.experts import random_weights
 
 
-def make_spec(dtype: str, hidden: int = 48, *, gated: bool = True) -> ExpertSpec:
-    activation = Activation(name="silu")
-    return ExpertSpec(hidden=hidden, intermediate=40, gated=gated, bias=True, activation=activation, dtype=dtype)
+def make_spec(dtype: str, hidden: int = 48, *, gated: bool = True, weight_format: str = "dense") -> ExpertSpec:
+    return ExpertSpec(
+        hidden=hidden,
+        intermediate=40,
+        gated=gated,
+        bias=True,
+        activation=Activation(name="silu"),
+        dtype=dtype,
+        weight_format=weight_format,
+    )
 
 
 def answer(spec: ExpertSpec, weights: ExpertWeights) -> torch.Tensor:
@@ -31,6 +39,22 @@ def test_a_sound_replica_passes_in_every_dtype(dtype: str, seed: int) -> None:
     spec = make_spec(dtype)
     weights = random_weights(spec, seed)
     selftest.check(answer(spec, weights), selftest.expect(weights, spec))
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_quantized_replica_is_held_against_what_its_codes_stand_for(weight_format: str) -> None:
+    spec = make_spec("float32", weight_format=weight_format)
+    weights = random_weights(spec, 1)
+    expected = selftest.expect(weights, spec)
+    selftest.check(answer(spec, weights), expected)
+    if not spec.format.is_dense:
+        assert weights.s_out is not None
+        scales = weights.s_out.clone()
+        scales[0, 3] *= 1.5
+        other = weights._replace(s_out=scales)
+        assert selftest.expect(other, spec).weights != expected.weights
+        with pytest.raises(CheckpointError, match="off by"):
+            selftest.check(answer(spec, other), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +121,7 @@ def test_a_single_bit_of_any_tensor_changes_the_digest_of_the_weights() -> None:
     spec = make_spec("bfloat16")
     weights = random_weights(spec, 1)
     digests = {selftest.expect(weights, spec).weights}
-    for name in weights._fields:
+    for name in spec.stored:
         tensor = getattr(weights, name).clone()
         tensor.view(torch.int16).view(-1)[-1] ^= 1
         digests.add(selftest.expect(weights._replace(**{name: tensor}), spec).weights)
