@@ -81,7 +81,7 @@ def decode(codes: Tensor, form: WeightFormat) -> Tensor:
         return codes.float()
     if form.code == "fp8":
         return codes.view(torch.float8_e4m3fn).float()
-    pairs = codes.unflatten(1, (-1, form.group // 2))
+    pairs = codes.view(len(codes), -1, form.group // 2)
     return torch.cat([pairs & 15, pairs >> 4], dim=-1).flatten(1).float() - 8
 
 
@@ -102,7 +102,7 @@ def _in_groups(w_NK: Tensor, form: WeightFormat) -> Tensor:
     """[N, G, columns of a group], the last group filled up with zeros."""
     columns = w_NK.shape[1]
     group = form.group or columns
-    return F.pad(w_NK, (0, -columns % group)).unflatten(1, (-1, group))
+    return F.pad(w_NK, (0, -columns % group)).view(len(w_NK), -1, group)
 
 
 def _by_blocks(w_NGC: Tensor, scale_rows: int) -> Tensor:
