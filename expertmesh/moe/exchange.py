@@ -18,7 +18,7 @@ from expertmesh.errors import DeadlineExceededError, NoReadyReplicaError, Replic
 from expertmesh.kernels.spec import DTYPES
 from expertmesh.moe.asides import Asides
 from expertmesh.moe.checks import Checks
-from expertmesh.moe.dispatch import make_dispatch_plan
+from expertmesh.moe.dispatch import all_pairs, make_dispatch_plan
 from expertmesh.moe.finite import not_finite
 from expertmesh.moe.health import Health
 from expertmesh.moe.run import NEVER, Attempt, ExchangeCounts, ExchangeLimits, Run, Todo
@@ -101,15 +101,15 @@ class Exchange:
         if self.observe is not None:
             self.observe(layer, index_TK.numpy())
         x = x_TH.contiguous()
-        x_TB = x.view(torch.uint8).numpy()
+        y_TKH = torch.empty((num_tokens, num_choices, x.shape[1]), dtype=x.dtype)
         run = Run(
             layer=layer,
             dtype=_DTYPE_NAMES[x.dtype],
             num_choices=num_choices,
-            expert_P=index_TK.reshape(-1).numpy(),
-            x_TB=x_TB,
-            y_PB=np.empty((num_pairs, x_TB.shape[1]), np.uint8),
-            todo=[Todo(np.arange(num_pairs))],
+            expert_P=index_TK.numpy().reshape(-1).astype(np.int64, copy=False),
+            x_TB=x.view(torch.uint8).numpy(),
+            y_TKH=y_TKH,
+            todo=[Todo(all_pairs(num_pairs))],
             num_left=num_pairs,
         )
         try:
@@ -119,7 +119,7 @@ class Exchange:
                 self._transport.forget(ticket)
             if self._asides:
                 self._asides.run_ended(self._clock.monotonic())
-        return torch.from_numpy(run.y_PB.reshape(num_tokens, num_choices, -1)).view(x.dtype)
+        return y_TKH
 
     def _deliver(self, run: Run) -> None:
         """Send what is to do, take what comes, until every pair has its row."""
@@ -212,6 +212,9 @@ class Exchange:
             return
         pairs, rows = attempt.part.pairs, outcome.rows
         self._health.answered(host, len(pairs), now - attempt.sent_at, now)
+        if run.keep_finite(pairs, rows):
+            self._checks.maybe_ask_twice(run, self._placement, attempt, rows, now)
+            return
         if (is_bad_P := not_finite(rows, run.dtype)) is not None:
             again_P = self._checks.to_do_again(run, attempt, is_bad_P, now)
             if again_P.any():
