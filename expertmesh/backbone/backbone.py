@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertmesh.backbone.experts import IMPLEMENTATION, empty_experts
+from expertmesh.backbone.overlap import Overlap
 from expertmesh.checkpoint.architecture import blame_checkpoint, find_experts, read_architecture, require_experts
 from expertmesh.errors import CheckpointError
 
@@ -81,7 +82,7 @@ def load_backbone(
     del model._keys_to_ignore_on_load_unexpected
     _check_loaded(path, model, info)
     model.requires_grad_(False)
-    return Backbone(model=model, moe_modules=tuple(find_experts(model).values()))
+    return _backbone(model)
 
 
 def attach_model(model: Any) -> Backbone:
@@ -95,6 +96,13 @@ def attach_model(model: Any) -> Backbone:
         assert module.config._experts_implementation == IMPLEMENTATION, "the model kept another implementation"
         empty_experts(module)
     model.eval().requires_grad_(False)
+    return _backbone(model)
+
+
+def _backbone(model: Any) -> Backbone:
+    experts = find_experts(model)
+    for name, module in experts.items():
+        module.mesh_overlap = Overlap.of(model.get_submodule(name.rpartition(".")[0]))
     return Backbone(model=model, moe_modules=tuple(experts.values()))
 
 

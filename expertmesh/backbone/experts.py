@@ -19,7 +19,10 @@ IMPLEMENTATION = "expertmesh"
 """Our name among transformers' experts implementations."""
 
 MoeLayerFn: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x_TH, expert index_TK, gate weights_TK) -> y_TH, the weighted sum over K in the gate's order, in x's dtype."""
+"""(x_TH, expert index_TK, gate weights_TK) -> y_TH, the weighted sum over K in the gate's order, in x's dtype.
+
+One that has a method `begin` of the same arguments, which returns a function that waits for y_TH, is called in these
+two steps where a block has shared experts to compute meanwhile."""
 
 
 def mesh_experts(
@@ -28,7 +31,11 @@ def mesh_experts(
     """transformers' experts function: called with the experts module, as its forward."""
     layer: MoeLayerFn = module.mesh_layer
     if not module.has_post_expert_norm:
-        return layer(hidden_states, top_k_index, top_k_weights)
+        overlap, begin = module.mesh_overlap, getattr(layer, "begin", None)
+        if overlap is None or begin is None:
+            return layer(hidden_states, top_k_index, top_k_weights)
+        routed: torch.Tensor = overlap.routed(lambda: begin(hidden_states, top_k_index, top_k_weights))
+        return routed
     # The norm, which stays here, comes between an expert and its weight. So each (token, expert) pair is asked for as
     # a token of its own with weight 1, and the weighted sum is made here.
     alone_P1 = top_k_index.reshape(-1, 1)
@@ -52,6 +59,7 @@ def empty_experts(module: Any) -> list[str]:
         delattr(module, name)
         setattr(module, name, torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device="cpu"))
     module.mesh_layer = not_connected
+    module.mesh_overlap = None
     return list(parameters)
 
 

@@ -26,20 +26,21 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _POINTER = ir.PointerType()
 _ZERO, _ONE = _I64(0), _I64(1)
 
+
 class Loops(NamedTuple):
     """The machine code. Addresses are those of contiguous arrays, of int64 but for rows."""
 
     group: Callable[..., int]
     """`group(n, pairs, experts, K, E, M, counts_EM, bucket_EM, host_B, B, H, out)` groups pairs by bucket.
 
-    `pairs` are ascending; `experts[pair]` is the expert of each, and pair // K its token.
-    bucket_EM is -1 where there is no replica. The first counts_EM[e, 0] of an expert's pairs go to its first replica, and so on; the counts are used up. With M of
-    1 that address may be 0. Returns the number of runs (of one expert's pairs on one host), or -1 - i when there is no
+    `pairs` are ascending; `experts[pair]` is the expert of each, and pair // K its token. bucket_EM is -1 for none. The
+    first counts_EM[e, 0] of an expert's pairs go to its first replica, and so on; the counts are used up. With M of 1
+    that address may be 0. Returns the number of runs (of one expert's pairs on one host), or -1 - i when there is no
     replica for, or no expert of the number of, the i-th pair. See `group_size` for `out`.
     """
     keep_16: Callable[..., int]
-    """`keep_16(n, H, special, rows, pairs, y)` copies rows of H numbers of 16 bits: rows[i] to y[pairs[i]]. Returns 0 if
-    in none of the numbers all bits of `special` are set, as they are in infinities and NaNs."""
+    """`keep_16(n, H, special, rows, pairs, y)` copies rows of H numbers of 16 bits: rows[i] to y[pairs[i]]. Returns 0
+    if in none of the numbers all bits of `special` are set, as they are in infinities and NaNs."""
     keep_32: Callable[..., int]
     """The same for numbers of 32 bits."""
 
@@ -181,9 +182,20 @@ class _Words:
 def _group(module: ir.Module) -> None:
     f = _Builder(module, "group", 12)
     b = f.b
-    n, pairs_at, experts_at, num_choices, num_experts, most, counts_at, buckets_at, hosts_at, num_buckets, num_hosts, out = (
-        f.arguments
-    )
+    (
+        n,
+        pairs_at,
+        experts_at,
+        num_choices,
+        num_experts,
+        most,
+        counts_at,
+        buckets_at,
+        hosts_at,
+        num_buckets,
+        num_hosts,
+        out,
+    ) = f.arguments
     pairs, experts, counts, buckets, hosts = map(f.words, (pairs_at, experts_at, counts_at, buckets_at, hosts_at))
     num_runs_most = b.select(b.icmp_signed("<", n, num_buckets), n, num_buckets)
     out_pairs = f.words(out)

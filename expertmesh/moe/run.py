@@ -103,6 +103,8 @@ class Run:
     todo: list[Todo]
     num_left: int
     """Pairs that have no row yet."""
+    deadline: float
+    """When the exchange fails."""
     attempts: dict[int, Attempt] = field(default_factory=dict)
     """By the ticket of the request."""
     done_P: NDArray[np.bool_] | None = None
@@ -129,6 +131,15 @@ class Run:
             experts=part.experts,
             counts=part.counts,
         )
+
+    def shift(self, seconds: float) -> None:
+        """Let so much time not count, in which nobody looked for answers."""
+        self.deadline += seconds
+        self.next_look_at += seconds
+        self.attempts = {
+            ticket: attempt._replace(late_at=attempt.late_at + seconds, deadline=attempt.deadline + seconds)
+            for ticket, attempt in self.attempts.items()
+        }
 
     def watch_pairs(self) -> None:
         """Keep account of each pair from now on, for two hosts may compute the same one."""
