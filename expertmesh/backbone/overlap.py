@@ -72,7 +72,7 @@ class Overlap:
         self._is_away = False
         self._shared: Later | None = None
         """What has been asked for and not computed."""
-        self._compute_shared = shared.forward
+        self._compute_shared: Callable[..., torch.Tensor] = shared.forward
         shared.forward = self._shared_forward
 
     @staticmethod

@@ -253,6 +253,7 @@ class Exchange:
         if run.keep_finite(pairs, rows):
             self._checks.maybe_ask_twice(run, self._placement, attempt, rows, now)
             return
+        rows = rows.copy()
         if (is_bad_P := not_finite(rows, run.dtype)) is not None:
             again_P = self._checks.to_do_again(run, attempt, is_bad_P, now)
             if again_P.any():
