@@ -62,10 +62,12 @@ class LayerTable:
     num_replicas_E: NDArray[np.int64]
     host_EM: NDArray[np.int64]
     """Indices into `Placement.hosts`; unused entries are 0."""
-    key_EM: NDArray[np.integer]
-    """host * E + expert: one number for a replica. Of 16 bits where that will do, for those numpy sorts fastest."""
-    is_complete: bool
-    """Whether every expert has a replica."""
+    bucket_EM: NDArray[np.int64]
+    """Each replica's number among the layer's, counted host by host and within a host expert by expert; -1: none."""
+    host_B: NDArray[np.int64]
+    """By that number, its index into `Placement.hosts`."""
+    expert_B: list[int]
+    """And its expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,13 @@ class Placement:
 
     def _table_of(self, num_replicas_E: NDArray[np.int64], host_EM: NDArray[np.int64]) -> LayerTable:
         num_experts = len(num_replicas_E)
-        keys = host_EM * num_experts + np.arange(num_experts)[:, None]
-        fits = len(self.hosts) * num_experts <= np.iinfo(np.int16).max
-        return LayerTable(num_replicas_E, host_EM, keys.astype(np.int16) if fits else keys, bool(num_replicas_E.all()))
+        is_replica_EM = np.arange(host_EM.shape[1]) < num_replicas_E[:, None]
+        keys = (host_EM * num_experts + np.arange(num_experts)[:, None])[is_replica_EM]
+        order = np.argsort(keys)
+        bucket_EM = np.full(host_EM.shape, -1)
+        bucket_EM[is_replica_EM] = np.argsort(order)
+        host_B, expert_B = np.divmod(keys[order], num_experts)
+        return LayerTable(num_replicas_E, host_EM, bucket_EM, host_B, expert_B.tolist())
 
     @cached_property
     def time_models(self) -> tuple[TimeModel, ...]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertmesh.backbone.experts import IMPLEMENTATION, empty_experts
+from expertmesh.backbone.overlap import Overlap
 from expertmesh.checkpoint.architecture import blame_checkpoint, read_architecture, require_experts
 from expertmesh.errors import CheckpointError
 from expertmesh.families import DECORATED, find_experts
@@ -110,11 +111,14 @@ def count_expert_parameters(model: torch.nn.Module) -> int:
 
 
 def _backbone(model: Any) -> Backbone:
-    experts = find_experts(model).values()
+    experts = find_experts(model)
+    for name, (module, family) in experts.items():
+        if family is DECORATED:
+            module.mesh_overlap = Overlap.of(model.get_submodule(name.rpartition(".")[0]))
     return Backbone(
         model=model,
-        moe_modules=tuple(module for module, _ in experts),
-        num_experts=tuple(family.layout(module).num_experts for module, family in experts),
+        moe_modules=tuple(module for module, _ in experts.values()),
+        num_experts=tuple(family.layout(module).num_experts for module, family in experts.values()),
     )
 
 

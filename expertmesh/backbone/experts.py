@@ -36,7 +36,11 @@ def mesh_experts(
     if module.mesh_gate is not None:
         top_k_index, top_k_weights = module.mesh_gate(top_k_index, top_k_weights)
     if not module.has_post_expert_norm:
-        return layer(hidden_states, top_k_index, top_k_weights)
+        overlap, begin = module.mesh_overlap, getattr(layer, "begin", None)
+        if overlap is None or begin is None:
+            return layer(hidden_states, top_k_index, top_k_weights)
+        routed: torch.Tensor = overlap.routed(lambda: begin(hidden_states, top_k_index, top_k_weights))
+        return routed
     # The norm, which stays here, comes between an expert and its weight. So the weighted sum is made here.
     x_TKH = hidden_states.unsqueeze(1).expand(-1, top_k_index.shape[1], -1)
     return combine(module.post_expert_norm(rows_alone(layer, x_TKH, top_k_index)), top_k_weights)
@@ -60,6 +64,7 @@ def empty_experts(module: Any, family: Family) -> Layout:
         setattr(owner, own_name, torch.empty((0, *parameter.shape[1:]), dtype=parameter.dtype, device="cpu"))
     module.mesh_layer = not_connected
     module.mesh_gate = None  # see gating.py
+    module.mesh_overlap = None  # see overlap.py
     if family.forward is not None:
         module.forward = types.MethodType(_forward, module)
     return layout

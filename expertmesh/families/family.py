@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 MoeLayerFn: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(x_TH, expert index_TK, gate weights_TK) -> y_TH, the weighted sum over K in the gate's order, in x's dtype.
 
-An index may be `gates.choices.NO_EXPERT`: this choice leads nowhere, and adds nothing."""
+An index may be `gates.choices.NO_EXPERT`: this choice leads nowhere, and adds nothing.
+
+One that has a method `begin` of the same arguments, which returns a function that waits for y_TH, is called in these
+two steps where a block has shared experts to compute meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

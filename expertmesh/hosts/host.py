@@ -164,7 +164,7 @@ def _joined(works: Sequence[Work]) -> tuple[NDArray[np.uint8], NDArray[np.int64]
         rows = request.rows if request.rows.flags.writeable else request.rows.copy()  # torch takes no other
         slots = works[0].slots
         num_pairs = len(request.pair_rows)
-        slot_P = np.full(num_pairs, slots[0]) if len(slots) == 1 else np.repeat(slots, request.counts)
+        slot_P = np.full(num_pairs, slots[0]) if len(slots) == 1 else np.array(slots).repeat(request.counts)
         return rows, request.pair_rows.astype(np.int64, copy=False), slot_P
     x_TB = np.concatenate([work.request.rows for work in works])
     starts = itertools.accumulate((len(work.request.rows) for work in works[:-1]), initial=0)

@@ -108,7 +108,7 @@ class Checks:
     def _ask(self, case: Case, host: HostInfo, placement: Placement, now: float) -> None:
         def hear(reply: LayerReply | None, _took_s: float) -> None:
             if reply is not None:
-                case.hear(host.id, reply.rows, lambda case: self._ask_third(case, placement), self._doubt)
+                case.hear(host.id, reply.rows.copy(), lambda case: self._ask_third(case, placement), self._doubt)
             else:
                 case.not_heard(self._doubt)
 

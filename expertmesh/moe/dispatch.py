@@ -8,13 +8,14 @@ Shapes: T tokens, K experts per token, P pairs, E experts of the layer.
 
 from __future__ import annotations
 
-import bisect
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from expertmesh.errors import NoReadyReplicaError
 from expertmesh.ids import ExpertId
+from expertmesh.moe.loops import address, group_size, loops
 from expertmesh.moe.split import split_rows
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ class HostPart(NamedTuple):
     """[e] how many of the pairs each takes."""
 
 
+@functools.lru_cache(maxsize=64)
+def all_pairs(number: int) -> NDArray[np.int64]:
+    """All indices below `number`, ascending. Not to be written to."""
+    return np.arange(number)
+
+
 def make_dispatch_plan(
     placement: Placement,
     layer: int,
@@ -58,69 +65,47 @@ def make_dispatch_plan(
     replica.
     """
     table = placement.table(layer, failed, avoided)
-    num_experts = len(table.num_replicas_E)
-    are_all = len(pairs) == len(expert_P)
-    if not are_all:
-        pairs = np.sort(pairs)
-    expert = expert_P if are_all else expert_P.take(pairs)
-    if not table.is_complete and not (replicas := table.num_replicas_E.take(expert)).all():
-        raise NoReadyReplicaError(ExpertId(layer, int(expert[np.argmin(replicas)])))
-    # The key orders pairs by host, and in it by expert.
-    if table.key_EM.shape[1] == 1:
-        key = table.key_EM.take(expert)
-    else:
-        rows_E = np.bincount(expert, minlength=num_experts)
-        counts_EM = split_rows(rows_E, table, [0.0] * len(placement.hosts), placement.time_models)
-        key = table.key_EM[expert, _choose_replica(expert, rows_E, counts_EM)]
-
-    # One stable sort brings the pairs of a host, and in it those of an expert, together and keeps tokens ascending.
-    order = key.argsort(kind="stable")
-    key = key.take(order)
-    pairs = order if are_all else pairs.take(order)
-    tokens = pairs // num_choices
-    # Runs of one expert on one host: where each stops, and whose it is.
-    stops = ((key[1:] != key[:-1]).nonzero()[0] + 1).tolist()
-    stops.append(len(key))
-    starts = [0, *stops[:-1]]
-    host, index = (of.tolist() for of in np.divmod(key.take(starts), num_experts))
-
+    num_experts, most = table.bucket_EM.shape
+    num_pairs, num_hosts = len(pairs), len(placement.hosts)
+    pairs = all_pairs(num_pairs) if num_pairs == len(expert_P) else np.sort(pairs)
+    counts_EM = None
+    if most > 1:
+        rows_E = np.bincount(expert_P if num_pairs == len(expert_P) else expert_P.take(pairs), minlength=num_experts)
+        counts_EM = split_rows(rows_E, table, [0.0] * num_hosts, placement.time_models)
+    num_buckets = len(table.expert_B)
+    out = np.empty(group_size(num_pairs, num_buckets, num_hosts), np.int64)
+    num_runs = loops().group(
+        num_pairs,
+        address(pairs),
+        address(expert_P),
+        num_choices,
+        num_experts,
+        most,
+        0 if counts_EM is None else address(counts_EM),
+        address(table.bucket_EM),
+        address(table.host_B),
+        num_buckets,
+        num_hosts,
+        address(out),
+    )
+    if num_runs < 0:
+        raise NoReadyReplicaError(ExpertId(layer, int(expert_P[pairs[-1 - num_runs]])))
+    rows = out[2 * num_pairs : 3 * num_pairs].view(np.int32)
+    numbers = out[3 * num_pairs : 3 * num_pairs + 4 * num_hosts + 2 * num_runs].tolist()
+    buckets, counts = numbers[4 * num_hosts :: 2], numbers[4 * num_hosts + 1 :: 2]
+    experts = [table.expert_B[bucket] for bucket in buckets]
     parts = []
-    num_tokens = len(expert_P) // num_choices
-    first = 0
-    while first < len(stops):
-        last = bisect.bisect_right(host, host[first], first)
-        start, stop = starts[first], stops[last - 1]
-        rows, pair_rows = _rows_once(tokens[start:stop], num_tokens, last - first)
-        counts = [stop - start for start, stop in zip(starts[first:last], stops[first:last], strict=True)]
-        part = HostPart(placement.hosts[host[first]], pairs[start:stop], rows, pair_rows, index[first:last], counts)
+    pair = token = run = at = 0
+    while pair < num_pairs:
+        host, pair_end, token_end, run_end = numbers[at : at + 4]
+        part = HostPart(
+            placement.hosts[host],
+            pairs=out[pair:pair_end],
+            tokens=out[num_pairs + token : num_pairs + token_end],
+            pair_rows=rows[pair:pair_end],
+            experts=experts[run:run_end],
+            counts=counts[run:run_end],
+        )
         parts.append(part)
-        first = last
+        pair, token, run, at = pair_end, token_end, run_end, at + 4
     return parts
-
-
-def _choose_replica(
-    expert: NDArray[np.int64], rows_E: NDArray[np.int64], counts_EM: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """For each pair, the ordinal of its replica: the first counts_EM[e, 0] of an expert's pairs go to its first."""
-    order = np.argsort(expert, kind="stable")
-    start_E = np.cumsum(rows_E) - rows_E
-    rank = np.empty_like(expert)
-    rank[order] = np.arange(len(expert)) - start_E[expert[order]]
-    ends_EM = np.cumsum(counts_EM[:, :-1], axis=1)
-    replica: NDArray[np.int64] = (rank[:, None] >= ends_EM[expert]).sum(axis=1)
-    return replica
-
-
-def _rows_once(
-    token_P: NDArray[np.int64], num_tokens: int, num_experts: int
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """The distinct tokens of a host's pairs, ascending; and for each pair its token's position among them."""
-    is_wanted_T = np.zeros(num_tokens, dtype=np.bool_)
-    is_wanted_T[token_P] = True
-    tokens = is_wanted_T.nonzero()[0]
-    if num_experts == 1 and len(tokens) == len(token_P):
-        return tokens, np.arange(len(tokens), dtype=np.int32)
-    if len(tokens) == num_tokens:
-        return tokens, token_P.astype(np.int32)
-    rank_T = is_wanted_T.cumsum(dtype=np.int32)
-    return tokens, rank_T.take(token_P) - np.int32(1)

@@ -19,7 +19,7 @@ from expertmesh.ids import ExpertId
 from expertmesh.kernels.spec import DTYPES
 from expertmesh.moe.asides import Asides
 from expertmesh.moe.checks import Checks
-from expertmesh.moe.dispatch import make_dispatch_plan
+from expertmesh.moe.dispatch import all_pairs, make_dispatch_plan
 from expertmesh.moe.finite import not_finite
 from expertmesh.moe.health import Health
 from expertmesh.moe.run import NEVER, Attempt, ExchangeCounts, ExchangeLimits, Run, Todo
@@ -64,6 +64,7 @@ class Exchange:
         self._asides = Asides(transport)
         self._hedges = self._limits.hedges_saved
         self._met: Placement | None = None
+        self._under_way: Run | None = None
         self.counts = ExchangeCounts()
         rng = rng or random.Random(0)  # which rows are computed twice is no secret
         self._checks = Checks(transport, self._asides, self._health, self._limits, self.counts, clock, rng)
@@ -96,75 +97,111 @@ class Exchange:
         rows_TKH on CPU in x's dtype, neither weighted nor summed; the row of no expert is zero. Raises
         ReplicaFailedError or DeadlineExceededError; with a limit to `retries` also NoReadyReplicaError.
         """
+        return self._finish(self._start(layer, x_TH, index_TK))
+
+    def begin(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As `run`, in two steps: send the rows, and with the function returned wait for what comes back.
+
+        In between the caller may do something else, and hosts are not blamed for that time. x_TH must not change. If
+        another exchange starts first, this one is given up.
+        """
+        run = self._start(layer, x_TH, index_TK)
+        try:
+            left_at = self._turn(run, self._clock.monotonic(), look_only=True)
+        except BaseException:
+            self._end(run)
+            raise
+        self._asides.run_ended(left_at)
+
+        def finish() -> torch.Tensor:
+            if self._under_way is not run:
+                raise RuntimeError("another exchange has begun since")
+            run.shift(self._clock.monotonic() - left_at)
+            return self._finish(run)
+
+        return finish
+
+    def _start(self, layer: int, x_TH: torch.Tensor, index_TK: torch.Tensor) -> Run:
+        if self._under_way is not None:
+            self._end(self._under_way)
         num_tokens, num_choices = index_TK.shape
         num_pairs = num_tokens * num_choices
-        if num_tokens == 0:
-            return x_TH.new_empty(0, num_choices, x_TH.shape[1])
-        if self.observe is not None:
+        if self.observe is not None and num_pairs:
             self.observe(layer, index_TK.numpy())
         x = x_TH.contiguous()
-        x_TB = x.view(torch.uint8).numpy()
-        y_PB = np.empty((num_pairs, x_TB.shape[1]), np.uint8)
-        expert_P = index_TK.reshape(-1).numpy()
-        pairs = np.arange(num_pairs)
-        if expert_P.min() < 0:
-            y_PB[expert_P < 0] = 0
-            pairs = pairs[expert_P >= 0]
+        y_TKH = torch.empty((num_tokens, num_choices, x.shape[1]), dtype=x.dtype)
+        expert_P = index_TK.numpy().reshape(-1).astype(np.int64, copy=False)
+        pairs = all_pairs(num_pairs)
+        if num_pairs and expert_P.min() < 0:
+            y_TKH.zero_()
+            pairs = np.flatnonzero(expert_P >= 0)
+        now = self._clock.monotonic()
         run = Run(
             layer=layer,
             dtype=_DTYPE_NAMES[x.dtype],
             num_choices=num_choices,
             expert_P=expert_P,
-            x_TB=x_TB,
-            y_PB=y_PB,
-            todo=[Todo(pairs)],
+            x_TB=x.view(torch.uint8).numpy(),
+            y_TKH=y_TKH,
+            todo=[Todo(pairs)] if len(pairs) else [],
             num_left=len(pairs),
+            deadline=now + self._limits.timeout_s,
         )
-        try:
-            if len(pairs):
-                self._deliver(run)
-        finally:
-            for ticket in run.attempts:
-                self._transport.forget(ticket)
-            if self._asides:
-                self._asides.run_ended(self._clock.monotonic())
-        return torch.from_numpy(run.y_PB.reshape(num_tokens, num_choices, -1)).view(x.dtype)
-
-    def _deliver(self, run: Run) -> None:
-        """Send what is to do, take what comes, until every pair has its row."""
-        now = self._clock.monotonic()
-        deadline = now + self._limits.timeout_s
+        self._under_way = run
         self._meet_hosts()
         if self._health.avoided:
             self._checks.probe(run, self._placement, now)
-        while True:
-            epoch = self._placement.epoch
-            self._send(run, now)
-            if now >= deadline:
-                raise DeadlineExceededError(
-                    f"the experts of layer {run.layer} did not answer within {self._limits.timeout_s:g} s",
-                    deadline_s=self._limits.timeout_s,
-                )
-            answers = self._transport.receive(min(deadline, run.next_look_at, run.retry_at) - now)
+        return run
+
+    def _finish(self, run: Run) -> torch.Tensor:
+        """Take turns until every pair has its row."""
+        try:
             now = self._clock.monotonic()
-            for ticket, outcome in answers:
-                attempt = run.attempts.pop(ticket, None)
-                if attempt is None:
-                    self._asides.take(ticket, outcome, now)
-                else:
-                    self._take(run, attempt, outcome, now)
-            if not run.num_left:
-                return
-            if now >= run.next_look_at:
-                self._look_after_late(run, now)
-            if now >= run.retry_at or (run.waiting and self._placement.epoch != epoch):
-                # Either a new placement helps those that found no replica, or a host that failed them does after all:
-                # its link may have broken for a moment only.
-                run.retries += 1
-                if run.retries > self._limits.retries:
-                    raise NoReadyReplicaError(ExpertId(run.layer, int(run.expert_P[run.waiting[0].pairs[0]])))
-                run.todo += [Todo(todo.pairs) for todo in run.waiting]
-                run.waiting, run.retry_at = [], NEVER
+            while run.num_left:
+                now = self._turn(run, now)
+        finally:
+            self._end(run)
+        return run.y_TKH
+
+    def _end(self, run: Run) -> None:
+        for ticket in run.attempts:
+            self._transport.forget(ticket)
+        run.attempts.clear()
+        if self._asides:
+            self._asides.run_ended(self._clock.monotonic())
+        self._under_way = None
+
+    def _turn(self, run: Run, now: float, *, look_only: bool = False) -> float:
+        """Send what is to do and take what comes, waiting for it unless told to look only: what time it is then."""
+        epoch = self._placement.epoch
+        self._send(run, now)
+        if now >= run.deadline:
+            raise DeadlineExceededError(
+                f"the experts of layer {run.layer} did not answer within {self._limits.timeout_s:g} s",
+                deadline_s=self._limits.timeout_s,
+            )
+        until = now if look_only else min(run.deadline, run.next_look_at, run.retry_at)
+        answers = self._transport.receive(until - now)
+        now = self._clock.monotonic()
+        for ticket, outcome in answers:
+            attempt = run.attempts.pop(ticket, None)
+            if attempt is None:
+                self._asides.take(ticket, outcome, now)
+            else:
+                self._take(run, attempt, outcome, now)
+        if not run.num_left or look_only:
+            return now
+        if now >= run.next_look_at:
+            self._look_after_late(run, now)
+        if now >= run.retry_at or (run.waiting and self._placement.epoch != epoch):
+            # Either a new placement helps those that found no replica, or a host that failed them does after all: its
+            # link may have broken for a moment only.
+            run.retries += 1
+            if run.retries > self._limits.retries:
+                raise NoReadyReplicaError(ExpertId(run.layer, int(run.expert_P[run.waiting[0].pairs[0]])))
+            run.todo += [Todo(todo.pairs) for todo in run.waiting]
+            run.waiting, run.retry_at = [], NEVER
+        return now
 
     def _meet_hosts(self) -> None:
         """Forget what is known of hosts that a newer placement has no more."""
@@ -224,6 +261,10 @@ class Exchange:
             return
         pairs, rows = attempt.part.pairs, outcome.rows
         self._health.answered(host, len(pairs), now - attempt.sent_at, now)
+        if run.keep_finite(pairs, rows):
+            self._checks.maybe_ask_twice(run, self._placement, attempt, rows, now)
+            return
+        rows = rows.copy()
         if (is_bad_P := not_finite(rows, run.dtype)) is not None:
             again_P = self._checks.to_do_again(run, attempt, is_bad_P, now)
             if again_P.any():

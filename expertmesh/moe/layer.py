@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from expertmesh.moe.exchange import Exchange
 
 
@@ -39,3 +41,8 @@ class MoeLayer:
         """The layer's routed output y_TH, on x's device and in its dtype. Errors are the exchange's."""
         rows = self._exchange.run(self._layer, x_TH.cpu(), index_TK.cpu()).to(x_TH.device)
         return combine(rows, weights_TK)
+
+    def begin(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As a call, in two steps: what is returned waits for y_TH. x_TH must not change in between."""
+        finish = self._exchange.begin(self._layer, x_TH.cpu(), index_TK.cpu())
+        return lambda: combine(finish().to(x_TH.device), weights_TK)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
+from expertmesh.moe.loops import address, loops
 from expertmesh.transport import LayerRequest
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from expertmesh.ids import HostId
     from expertmesh.moe.dispatch import HostPart
 
+_KEEP = {"float32": ("keep_32", 0x7F800000), "bfloat16": ("keep_16", 0x7F80), "float16": ("keep_16", 0x7C00)}
+"""By dtype, how rows are kept, and the bits that are set in infinities and NaNs, and in no other numbers."""
 NOBODY: frozenset[HostId] = frozenset()
 NEVER = float("inf")
 
@@ -90,17 +94,19 @@ class Attempt(NamedTuple):
 
 @dataclass(slots=True)
 class Run:
-    """One exchange under way. T tokens, P pairs, B bytes per row."""
+    """One exchange under way. T tokens, K experts per token, P pairs, B bytes per row."""
 
     layer: int
     dtype: str
     num_choices: int
     expert_P: NDArray[np.int64]
     x_TB: NDArray[np.uint8]
-    y_PB: NDArray[np.uint8]
+    y_TKH: torch.Tensor
     todo: list[Todo]
     num_left: int
     """Pairs that have no row yet."""
+    deadline: float
+    """When the exchange fails."""
     attempts: dict[int, Attempt] = field(default_factory=dict)
     """By the ticket of the request."""
     done_P: NDArray[np.bool_] | None = None
@@ -130,14 +136,36 @@ class Run:
             counts=part.counts,
         )
 
+    def shift(self, seconds: float) -> None:
+        """Let so much time not count, in which nobody looked for answers."""
+        self.deadline += seconds
+        self.next_look_at += seconds
+        self.attempts = {
+            ticket: attempt._replace(late_at=attempt.late_at + seconds, deadline=attempt.deadline + seconds)
+            for ticket, attempt in self.attempts.items()
+        }
+
     def watch_pairs(self) -> None:
         """Keep account of each pair from now on, for two hosts may compute the same one."""
         if self.done_P is None:
-            self.done_P = np.ones(len(self.y_PB), np.bool_)
+            self.done_P = np.ones(len(self.expert_P), np.bool_)
             for todo in (*self.todo, *self.waiting):
                 self.done_P[todo.pairs] = False
             for attempt in self.attempts.values():
                 self.done_P[attempt.part.pairs] = False
+
+    def keep_finite(self, pairs: NDArray[np.int64], rows: NDArray[np.uint8]) -> bool:
+        """Take the rows of pairs that only one host was asked for, unless NaN or an infinity is in any."""
+        if self.done_P is not None:
+            return False
+        keep, special = _KEEP[self.dtype]
+        hidden = self.y_TKH.shape[-1]
+        has_special = getattr(loops(), keep)(
+            len(pairs), hidden, special, address(rows), address(pairs), self.y_TKH.data_ptr()
+        )
+        if not has_special:
+            self.num_left -= len(pairs)
+        return not has_special
 
     def keep(self, pairs: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         """Take the rows of pairs that have none yet."""
@@ -145,7 +173,7 @@ class Run:
             is_new_P = ~self.done_P[pairs]
             pairs, rows = pairs[is_new_P], rows[is_new_P]
             self.done_P[pairs] = True
-        self.y_PB[pairs] = rows
+        self.y_TKH.view(torch.uint8).numpy().reshape(len(self.expert_P), -1)[pairs] = rows
         self.num_left -= len(pairs)
 
     def do_again(self, attempt: Attempt, error: ReplicaFailedError | None = None) -> None:

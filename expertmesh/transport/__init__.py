@@ -52,7 +52,8 @@ class Transport(Protocol):
         ...
 
     def receive(self, timeout_s: float) -> list[Answer]:
-        """The answers that have come, waiting for the first; none after `timeout_s`, or when woken."""
+        """The answers that have come, waiting for the first; none after `timeout_s`, or when woken. Their rows may be
+        read until the next `receive`, and are not to be trusted to stay what they are: keep a copy, and check that."""
         ...
 
     def forget(self, ticket: int) -> None:

@@ -157,7 +157,7 @@ class RequestDecoder:
         if len(pair_data) != 4 * num_pairs:
             raise ProtocolError(f"pair_rows has {len(pair_data)} bytes: {num_pairs} pairs take {4 * num_pairs}")
         pair_rows = np.frombuffer(pair_data, _UINT32).astype(np.int64)  # a negative index reads as a huge one
-        if pair_rows.max() >= num_rows:
+        if np.maximum.reduce(pair_rows) >= num_rows:  # what `max` ends in
             raise ProtocolError(f"pair_rows: each must be in 0 to {num_rows - 1}")
         rows = np.frombuffer(row_data, dtype=np.uint8).reshape(num_rows, row_bytes)
         return LayerRequest(layer, dtype, rows, pair_rows, experts, counts)

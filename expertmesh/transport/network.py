@@ -7,6 +7,7 @@ would cost more than the rest of a send. gRPC needs an event loop; while no link
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import select
 import socket
@@ -64,6 +65,10 @@ class NetworkTransport:
         self._tickets = itertools.count(1)
         self._expected: set[int] = set()
         self._answers: list[Answer] = []
+        self._lent: list[tuple[SocketLink, int]] = []
+        """Where in shared memory the rows of `_answers` are."""
+        self._lent_out: list[tuple[SocketLink, int]] = []
+        """The same of answers that were handed out."""
         self._loop = uvloop.new_event_loop()
         self._remote: list[GrpcLink] = []
         """The links that need the loop."""
@@ -88,11 +93,15 @@ class NetworkTransport:
         if self._local_sockets and host.socket:
             local = SocketLink.connect(host, self._token, self._deliver, self._unwatch)
             if local is not None:
-                self._watch(local.fileno(), local.read)
+                self._watch(local.fileno(), functools.partial(self._read, local))
                 return local
         remote = self._loop.run_until_complete(GrpcLink.connect(host, self._token, self._deliver, self._tls))
         self._remote.append(remote)
         return remote
+
+    def _read(self, link: SocketLink) -> None:
+        if (start := link.read()) is not None:
+            self._lent.append((link, start))
 
     def _watch(self, descriptor: int, read: Callable[[], None]) -> None:
         self._readers[descriptor] = read
@@ -111,6 +120,9 @@ class NetworkTransport:
             self._end_loop()
 
     def receive(self, timeout_s: float) -> list[Answer]:
+        for link, start in self._lent_out:
+            link.give_back(start)
+        self._lent_out = []
         if not self._answers and not self._is_woken:
             self._remote = [link for link in self._remote if not link.is_over]
             if self._remote:
@@ -120,6 +132,7 @@ class NetworkTransport:
                     self._readers[descriptor]()
         self._is_woken = False
         answers, self._answers = self._answers, []
+        self._lent_out, self._lent = self._lent, []
         return answers
 
     def _run_loop(self, timeout_s: float) -> None:

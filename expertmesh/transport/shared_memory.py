@@ -68,7 +68,7 @@ class SharedMemory:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-            self.bytes.close()
+            del self.bytes  # it goes with the last who still reads in it
 
 
 def map_shared(descriptors: Sequence[int]) -> mmap.mmap:

@@ -119,30 +119,36 @@ class SocketLink:
         except OSError as error:
             self._end(str(error))
 
-    def read(self) -> None:
-        """Pass on the reply that has come, or what it means that none ever will."""
+    def read(self) -> int | None:
+        """Pass on the reply that has come, or what it means that none ever will. A reply's rows stay where the host
+        wrote them: what is returned then is to be given to `give_back` when they have been read."""
         try:
             message = self._socket.recv(MAX_REPLY_BYTES)
         except BlockingIOError:
-            return
+            return None
         except OSError as error:
             self._end(str(error))
-            return
+            return None
         if len(message) < REPLY.size:
             self._end("it sent a message that is no reply" if message else "the connection was closed")
-            return
+            return None
         ticket, compute_s, code = REPLY.unpack_from(message)
         if ticket == 0:  # it refuses the connection
             self._end(message[REPLY.size :].decode(errors="replace"))
-            return
+            return None
         if (place := self._places.pop(ticket, None)) is None:
-            return
+            return None
         start, first, end = place
         if code:
             self._pending.refuse(ticket, code, message[REPLY.size :].decode(errors="replace"))
         else:
-            self._pending.reply(ticket, self._memory.bytes[first:end], compute_s)
-        self._memory.give_back(start)
+            self._pending.reply(ticket, memoryview(self._memory.bytes)[first:end], compute_s)
+        return start
+
+    def give_back(self, start: int) -> None:
+        """Let memory be used for other requests."""
+        if self._pending.broken is None:
+            self._memory.give_back(start)
 
     def _end(self, cause: str) -> None:
         if self._pending.broken is None:

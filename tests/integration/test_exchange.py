@@ -154,3 +154,29 @@ def test_no_tokens_are_no_work() -> None:
     exchange = Exchange(LocalTransport({}), MIXTURE.placement({"h": ALL}), QUICK)
     assert exchange.run(0, X[:0], INDEX[:0]).shape == (0, 2, 24)
     exchange.close()
+
+
+@pytest.mark.parametrize("local_sockets", [True, False])
+def test_an_exchange_goes_on_while_its_caller_does_something_else(servers, expected, local_sockets: bool) -> None:
+    """Hosts answer in the meantime, and are not blamed for answers that nobody looked for."""
+    exchange = Exchange(NetworkTransport("token", local_sockets=local_sockets), placement_of(servers), QUICK)
+    exchange.run(0, X, INDEX)
+    for _ in range(3):
+        finish = exchange.begin(0, X, INDEX)
+        answered = threading.Event()
+        threading.Timer(2 * QUICK.attempt_timeout_s, answered.set).start()
+        answered.wait()
+        assert torch.equal(finish(), expected)
+    assert exchange.counts.sent_again == exchange.counts.hedges == 0
+    exchange.close()
+
+
+def test_an_exchange_that_another_overtakes_is_given_up(expected) -> None:
+    placement = MIXTURE.placement({"h": ALL})
+    exchange = Exchange(LocalTransport(MIXTURE.hosts(placement)), placement, QUICK)
+    never = exchange.begin(0, X + 1, INDEX)
+    assert torch.equal(exchange.run(0, X, INDEX), expected)
+    with pytest.raises(RuntimeError, match="another exchange"):
+        never()
+    assert torch.equal(exchange.begin(0, X, INDEX)(), expected)
+    exchange.close()

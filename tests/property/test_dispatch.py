@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from expertmesh.errors import NoReadyReplicaError
 from expertmesh.ids import ExpertId, HostId
 from expertmesh.moe.dispatch import make_dispatch_plan
+from expertmesh.moe.loops import loops
 from expertmesh.moe.split import split_rows
 from expertmesh.placement import HostInfo, Placement, TimeModel
+
+loops()  # to compile them takes longer than an example may
 
 
 @st.composite
