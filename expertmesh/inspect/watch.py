@@ -101,8 +101,12 @@ class Reader:
     def _watch(self, ids: Sequence[int]) -> dict[int, Choices]:
         """What the gates choose for one window, without the tokens that are put before every text."""
         noted: dict[int, Choices] = {}
+        ids_1T = torch.tensor([[*self._prefix, *ids]], device=self._model.device)
         with self._noting(noted), blame_checkpoint("run this model on text"):
-            self._model(input_ids=torch.tensor([[*self._prefix, *ids]], device=self._model.device), use_cache=False)
+            if self._model.config.is_encoder_decoder:  # a text that is read goes to the encoder alone
+                self._model.get_encoder()(input_ids=ids_1T)
+            else:
+                self._model(input_ids=ids_1T, use_cache=False)
         start = len(self._prefix)
         return {
             layer: Choices(index_TK=choices.index_TK[start:], weights_TK=choices.weights_TK[start:])

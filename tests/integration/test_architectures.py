@@ -14,6 +14,7 @@ import transformers
 from expertmesh.backbone import Gates, attach_model, count_expert_parameters, load_backbone
 from expertmesh.checkpoint.index import index_checkpoint
 from expertmesh.checkpoint.source import resolve
+from expertmesh.families import PLAIN
 from expertmesh.testing.processes import ProcessCluster
 from tests.architectures.checkpoints import SKIPPED, Architecture, build_model, find_architectures
 from tests.architectures.configs import tiny_config
@@ -25,7 +26,7 @@ KEEPS_ITS_GATE = {
     "DiffusionGemmaTextExperts": "says probabilities",
     "Gemma4TextExperts": "says probabilities",
     "ZayaExperts": "says 7 numbers of a token for 6 experts",
-}
+} | dict.fromkeys(PLAIN, "does not use transformers' experts interface")
 """Whose logits another gate cannot use, and why."""
 PROMPT = torch.tensor([[17, 99, 5, 64, 23, 110, 42, 8, 77, 31]])
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertmesh._proto import host_pb2 as pb
 from expertmesh._proto.host_pb2_grpc import HostStub
-from expertmesh.checkpoint.architecture import find_experts
 from expertmesh.checkpoint.index import index_checkpoint
 from expertmesh.checkpoint.read import ExpertReader
+from expertmesh.families import find_experts
 from expertmesh.hosts.configuration import configuration_for
 from expertmesh.hosts.host import Host
 from expertmesh.hosts.process import HostServer
@@ -57,7 +57,7 @@ def loss(model: Any, ids_BT: torch.Tensor) -> float:
 def quantize_model(model: Any, weight_format: str) -> None:
     """Give it the weights that hosts would compute with."""
     index = index_checkpoint(tiny_path(), weight_format=weight_format)
-    modules = list(find_experts(model).values())
+    modules = [module for module, _ in find_experts(model).values()]
     with ExpertReader(tiny_path()) as reader:
         for expert, recipe in index.recipes.items():
             spec = index.specs[expert.layer]

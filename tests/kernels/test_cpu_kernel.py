@@ -177,7 +177,7 @@ def test_a_slot_is_replaced_and_cleared():
 @pytest.mark.parametrize(("hidden", "intermediate"), [(16, 8), (1, 37), (300, 200)])
 def test_a_written_slot_does_not_share_the_callers_memory(hidden, intermediate):
     spec = make_spec(hidden, intermediate, bias=True)
-    weights = ExpertWeights(*(tensor.clone() for tensor in random_expert(spec, 5)))
+    weights = ExpertWeights(*(None if tensor is None else tensor.clone() for tensor in random_expert(spec, 5)))
     kernel = CpuKernel(spec, 1)
     kernel.write(0, weights)
     x, zero = random_rows(spec), torch.tensor([0])

@@ -88,7 +88,7 @@ def test_an_expert_of_a_transposed_interleaved_biased_stack_is_read(tmp_path: Pa
     assert torch.equal(weights.w_out, w_out)
     assert torch.equal(weights.b_in, b_in[order])
     assert torch.equal(weights.b_out, b_out)
-    assert all(t is not None and t.is_contiguous() for t in weights)
+    assert all(t is not None and t.is_contiguous() for t in weights[:4])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -50,12 +50,3 @@ def test_tokens_without_any_expert_send_nothing_and_get_zeros() -> None:
     nobody = torch.full((4, 2), NO_EXPERT)
     assert torch.equal(MoeLayer(Exchange(transport, PLACEMENT), 0)(X, nobody, torch.zeros(4, 2)), torch.zeros(4, 16))
     assert transport.sent == []
-
-
-def test_an_observer_is_not_told_what_has_no_word_in_a_trace() -> None:
-    exchange = Exchange(Counting(), PLACEMENT)
-    seen = []
-    exchange.observe = lambda layer, index_TK: seen.append(index_TK.tolist())
-    exchange.run(0, X, SPARSE)
-    exchange.run(0, X, FULL)
-    assert seen == [FULL.tolist()]
