@@ -102,7 +102,11 @@ class Reader:
         """What the gates choose for one window, without the tokens that are put before every text."""
         noted: dict[int, Choices] = {}
         with self._noting(noted), blame_checkpoint("run this model on text"):
-            self._model(input_ids=torch.tensor([[*self._prefix, *ids]], device=self._model.device), use_cache=False)
+            ids_1T = torch.tensor([[*self._prefix, *ids]], device=self._model.device)
+            if self._model.config.is_encoder_decoder:
+                self._model.get_encoder()(input_ids=ids_1T)  # it is what reads
+            else:
+                self._model(input_ids=ids_1T, use_cache=False)
         start = len(self._prefix)
         return {
             layer: Choices(index_TK=choices.index_TK[start:], weights_TK=choices.weights_TK[start:])
