@@ -101,10 +101,10 @@ class Reader:
     def _watch(self, ids: Sequence[int]) -> dict[int, Choices]:
         """What the gates choose for one window, without the tokens that are put before every text."""
         noted: dict[int, Choices] = {}
-        ids_1T = torch.tensor([[*self._prefix, *ids]], device=self._model.device)
         with self._noting(noted), blame_checkpoint("run this model on text"):
-            if self._model.config.is_encoder_decoder:  # a text that is read goes to the encoder alone
-                self._model.get_encoder()(input_ids=ids_1T)
+            ids_1T = torch.tensor([[*self._prefix, *ids]], device=self._model.device)
+            if self._model.config.is_encoder_decoder:
+                self._model.get_encoder()(input_ids=ids_1T)  # it is what reads
             else:
                 self._model(input_ids=ids_1T, use_cache=False)
         start = len(self._prefix)
