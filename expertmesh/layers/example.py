@@ -105,7 +105,7 @@ def train(
             x_BF, y_BF = batch(seed, step)
             optimizer.zero_grad()
             loss = (model(x_BF) - y_BF).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             if isinstance(experts, TrainedExperts):
                 experts.step(RATE)
