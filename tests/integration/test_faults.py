@@ -67,7 +67,7 @@ class Asked:
     def rows(self) -> np.ndarray[Any, Any]:
         (answer,) = self.ask()
         assert isinstance(answer.outcome, LayerReply), answer
-        return answer.outcome.rows.view(np.float32)
+        return answer.outcome.rows.view(np.float32).copy()  # they are lent until the next answer is received
 
 
 @contextlib.contextmanager
