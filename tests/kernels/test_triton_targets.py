@@ -114,12 +114,8 @@ def a_cache_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
 
 
-@pytest.mark.timeout(1800 if ALL else 180)
-@pytest.mark.parametrize("spec", [QWEN, *OTHERS] if ALL else [QWEN], ids=str)
-@pytest.mark.parametrize("chip_name", CHIPS)
-def test_every_tiling_fits_its_chip_and_uses_one_kind_of_instruction(chip_name, spec, tmp_path):
-    if chip_name == "sm_75" and spec.dtype == "bfloat16":
-        spec = make_spec(spec.hidden, spec.intermediate, dtype="float16")  # it has no bfloat16
+def instructions_that_fit(spec, chip_name, tmp_path):
+    """The kinds of matrix instructions in all tilings, each of which must fit the chip and spill nothing."""
     chip = CHIPS[chip_name]
     begun = tilings(spec, chip)
     kinds = set()
@@ -129,9 +125,19 @@ def test_every_tiling_fits_its_chip_and_uses_one_kind_of_instruction(chip_name, 
             assert compiled.metadata.shared <= min(chip.shared_bytes, shared_bytes(tile, spec, chip))
             assert spilled(compiled, tmp_path) == 0
             kinds |= instructions(compiled)
+    return kinds
+
+
+@pytest.mark.timeout(1800 if ALL else 180)
+@pytest.mark.parametrize("spec", [QWEN, *OTHERS] if ALL else [QWEN], ids=str)
+@pytest.mark.parametrize("chip_name", CHIPS)
+def test_every_tiling_fits_its_chip_and_uses_one_kind_of_instruction(chip_name, spec, tmp_path):
+    if chip_name == "sm_75" and spec.dtype == "bfloat16":
+        spec = make_spec(spec.hidden, spec.intermediate, dtype="float16")  # it has no bfloat16
+    kinds = instructions_that_fit(spec, chip_name, tmp_path)
     if spec.dtype != "float32":
         assert kinds == ({INSTRUCTIONS[chip_name]} - {None})
-    elif chip.backend == "cuda":
+    elif CHIPS[chip_name].backend == "cuda":
         assert kinds == set()  # TensorFloat-32 would keep 10 bits of a float32 model's 23
 
 
@@ -140,15 +146,7 @@ def test_every_tiling_fits_its_chip_and_uses_one_kind_of_instruction(chip_name, 
 @pytest.mark.parametrize("chip_name", CHIPS)
 def test_codes_are_widened_in_registers_for_the_same_instructions(chip_name, weight_format, tmp_path):
     spec = make_spec(2048, 768, dtype="float16" if chip_name == "sm_75" else "bfloat16", weight_format=weight_format)
-    chip = CHIPS[chip_name]
-    begun = tilings(spec, chip)
-    kinds = set()
-    for tiling in begun if ALL else (begun[0], begun[-1]):
-        for product, tile in (("in", tiling.into), ("out", tiling.out)):
-            compiled = compile_product(spec, chip_name, tile, product)
-            assert compiled.metadata.shared <= min(chip.shared_bytes, shared_bytes(tile, spec, chip))
-            assert spilled(compiled, tmp_path) == 0
-            kinds |= instructions(compiled)
+    kinds = instructions_that_fit(spec, chip_name, tmp_path)
     assert kinds == ({INSTRUCTIONS[chip_name]} - {None})
 
 
