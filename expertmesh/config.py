@@ -105,6 +105,9 @@ class ExpertsSection(Section):
     weight_format: Literal["dense", "int8", "int4_g32", "int4_g64", "int4_g128", "fp8", "fp8_block"] = "dense"
     """How hosts store weights, which they quantize as they read them (kernels/formats.py): of 8 bits, twice as many fit
     as of 16. `g32` to `g128` is how many columns share a scale. CPU hosts save memory with `int8` and `fp8` only."""
+    portable: bool = False
+    """Whether CPU hosts of unlike makes must give the same bits. By default each computes as is fastest on it: where
+    processors have products for bfloat16, that may be twice as fast, and only like ones agree to the last bit."""
     min_replicas: int = Field(default=1, ge=1)
     """Ready copies of every expert, each on another host, and on another node where there is one."""
     elastic: bool = True

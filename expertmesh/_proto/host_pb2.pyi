@@ -68,7 +68,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[_Union[Error.Code, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ExpertSpec(_message.Message):
-    __slots__ = ("hidden", "intermediate", "gated", "bias", "activation", "limit", "alpha", "dtype", "weight_format")
+    __slots__ = ("hidden", "intermediate", "gated", "bias", "activation", "limit", "alpha", "dtype", "weight_format", "portable")
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     INTERMEDIATE_FIELD_NUMBER: _ClassVar[int]
     GATED_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class ExpertSpec(_message.Message):
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PORTABLE_FIELD_NUMBER: _ClassVar[int]
     hidden: int
     intermediate: int
     gated: bool
@@ -87,7 +88,8 @@ class ExpertSpec(_message.Message):
     alpha: float
     dtype: DType
     weight_format: str
-    def __init__(self, hidden: _Optional[int] = ..., intermediate: _Optional[int] = ..., gated: bool = ..., bias: bool = ..., activation: _Optional[str] = ..., limit: _Optional[float] = ..., alpha: _Optional[float] = ..., dtype: _Optional[_Union[DType, str]] = ..., weight_format: _Optional[str] = ...) -> None: ...
+    portable: bool
+    def __init__(self, hidden: _Optional[int] = ..., intermediate: _Optional[int] = ..., gated: bool = ..., bias: bool = ..., activation: _Optional[str] = ..., limit: _Optional[float] = ..., alpha: _Optional[float] = ..., dtype: _Optional[_Union[DType, str]] = ..., weight_format: _Optional[str] = ..., portable: bool = ...) -> None: ...
 
 class ConfigureRequest(_message.Message):
     __slots__ = ("checkpoint", "specs", "layer_specs", "layer_experts")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -45,11 +46,16 @@ _CONSTANTS = ("limit", "alpha", "softcap")
 
 
 def index_checkpoint(
-    path: Path, dtype: str | None = None, auto_class: str | None = None, weight_format: str = "dense"
+    path: Path,
+    dtype: str | None = None,
+    auto_class: str | None = None,
+    weight_format: str = "dense",
+    *,
+    portable: bool = False,
 ) -> CheckpointIndex:
-    """Index the experts of the checkpoint in a folder, for slots of `dtype` (None: the checkpoint's own) and one of
-    `kernels.formats.FORMATS`.
+    """Index the experts of the checkpoint in a folder, for slots of `dtype` (None: the checkpoint's own).
 
+    `weight_format` and `portable` are those of `ExpertSpec`.
     `auto_class` must be what the backbone is loaded with: it decides which layers there are (see `read_architecture`).
     Raises CheckpointError if the architecture keeps its experts where or how they cannot be served, or if a tensor is
     missing or has a shape that the architecture does not expect.
@@ -60,7 +66,8 @@ def index_checkpoint(
     experts = find_experts(skeleton)
     layouts = {name: family.layout(module) for name, (module, family) in experts.items()}
     specs = tuple(
-        _spec(module, layouts[name], architecture.dtype, weight_format) for name, (module, _) in experts.items()
+        replace(_spec(module, layouts[name], architecture.dtype), weight_format=weight_format, portable=portable)
+        for name, (module, _) in experts.items()
     )
     recipes: dict[ExpertId, ExpertRecipe] = {}
     try:
@@ -166,7 +173,7 @@ def _check_shapes(what: str, recipe: ExpertRecipe, spec: ExpertSpec, stored: Map
             raise CheckpointError(f"{what}: stored as {names}, but the config expects {list(shape)} per expert")
 
 
-def _spec(module: Any, layout: Layout, dtype: str, weight_format: str) -> ExpertSpec:
+def _spec(module: Any, layout: Layout, dtype: str) -> ExpertSpec:
     return ExpertSpec(
         hidden=layout.hidden,
         intermediate=layout.intermediate,
@@ -174,7 +181,6 @@ def _spec(module: Any, layout: Layout, dtype: str, weight_format: str) -> Expert
         bias=layout.b_in is not None,
         activation=match_activation(layout.activate, gated=layout.gated, candidates=_guess_activations(module)),
         dtype=dtype,
-        weight_format=weight_format,
     )
 
 

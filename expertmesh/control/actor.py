@@ -39,7 +39,12 @@ class ControllerActor:
                 live_identity(tls)  # here, where those who wait for the start hear of what is wrong with the files
             from expertmesh.checkpoint.index import index_checkpoint  # takes seconds: it imports transformers
 
-            index = index_checkpoint(resolve(mesh.model), mesh.dtype, weight_format=mesh.experts.weight_format)
+            index = index_checkpoint(
+                resolve(mesh.model),
+                mesh.dtype,
+                weight_format=mesh.experts.weight_format,
+                portable=mesh.experts.portable,
+            )
             if mesh.gate is not None:
                 for num_experts in index.num_experts:
                     mesh.gate.spec.for_layer(num_experts)  # here too, for the same reason

@@ -5,8 +5,9 @@ its expert. No library promises that, so each `Arithmetic` is tried on the machi
 current number of threads, and the first that passes is taken. The order of preference is a rule and not a race, so that
 like hosts choose alike and their replicas agree to the last bit.
 
-Rounding: where products run in float32, a bfloat16 or float16 result is rounded once, at the end. Where they run in
-bfloat16, h and a are rounded to it too. Sums and the activation are float32 everywhere.
+Rounding: where products run in float32, a bfloat16 or float16 result is rounded once, at the end. Where their factors
+are bfloat16, a is rounded to it too, and so is h where a library multiplies. Sums and the activation are float32
+everywhere.
 
 Shapes: T token rows, P pairs, R rows of one product, K columns, H hidden, I intermediate, N = 2I with a gate or I.
 """
@@ -131,6 +132,8 @@ def choose_arithmetic(spec: ExpertSpec, num_threads: int) -> tuple[Arithmetic, i
             continue
         if passed:
             return arithmetic, _num_bytes(arithmetic, expert)
+    if spec.portable:
+        raise ConfigError(f"experts.portable: this processor has no vector instructions for {spec}; set it to false")
     raise ConfigError(
         f"no linear algebra on this machine computes a row of {spec} independently of the others: "
         "try another number of threads (OMP_NUM_THREADS) or another build of torch"
@@ -216,35 +219,49 @@ def _moved(expert: Expert, memory: Tensor) -> Expert:
 
 
 def _preferred(spec: ExpertSpec) -> Iterator[Arithmetic]:
+    has_llvm = importlib.util.find_spec("llvmlite") is not None
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not spec.format.is_dense:
-        yield from _preferred_quantized(spec)
+    if spec.portable:
+        _check_portable(spec, has_llvm=has_llvm)
+        yield from _by_ieee_rules(spec)
         return
+    in_bfloat16 = spec.dtype == "bfloat16" and spec.format.is_dense
     # Units for bfloat16 matrices do an order more than float32 can in prompts' large products.
-    if has_onednn and spec.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
+    if has_onednn and in_bfloat16 and torch.cpu._is_amx_tile_supported():
         yield _prepacked("bfloat16")
-    if importlib.util.find_spec("llvmlite") is not None:
-        yield _panels(spec.dtype)
-    if spec.hidden * spec.rows_in <= SMALL_WEIGHT:
+    if has_llvm:
+        if in_bfloat16 and torch.cpu._is_avx512_bf16_supported():
+            yield _panels_of_pairs()
+        yield from _by_ieee_rules(spec)
+    if spec.format.is_dense and spec.hidden * spec.rows_in <= SMALL_WEIGHT:
         yield BY_FOURS
     if has_onednn:
-        if spec.dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported():
+        if in_bfloat16 and torch.cpu._is_avx512_bf16_supported():
             yield _prepacked("bfloat16")
         yield _prepacked("float32")
     yield BY_FOURS
     yield ONE_ROW
 
 
-def _preferred_quantized(spec: ExpertSpec) -> Iterator[Arithmetic]:
-    """Codes as they are stored; or what they stand for, in float32, as no shorter type holds it."""
-    if importlib.util.find_spec("llvmlite") is not None:
-        if not spec.format.group:
-            yield _panels_of_codes(spec.format.code)
-        yield _panels("float32")
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        yield _prepacked("float32")
-    yield BY_FOURS
-    yield ONE_ROW
+def _by_ieee_rules(spec: ExpertSpec) -> Iterator[Arithmetic]:
+    """Machine code that gives the same bits everywhere. Codes stay as they are stored, or become what they stand for,
+    in float32, as no shorter type holds it."""
+    if spec.format.is_dense:
+        yield _panels(spec.dtype)
+        return
+    if not spec.format.group:
+        yield _panels_of_codes(spec.format.code)
+    yield _panels("float32")
+
+
+def _check_portable(spec: ExpertSpec, *, has_llvm: bool) -> None:
+    """Raises ConfigError if a library would compute any of it: none says how it rounds."""
+    if not has_llvm:
+        raise ConfigError("experts.portable: hosts need llvmlite for it; install it (pip install llvmlite)")
+    from expertmesh.kernels.cpu_row_code import activation_code
+
+    if activation_code(spec.activation, gated=spec.gated) is None:
+        raise ConfigError(f"experts.portable: {spec.activation.name} is not computed alike everywhere; set it to false")
 
 
 def _panels_of_codes(code: str) -> Arithmetic:
@@ -256,24 +273,35 @@ def _panels_of_codes(code: str) -> Arithmetic:
     return replace(_panels(code), pack_codes=packed)
 
 
-def _panels(dtype: str) -> Arithmetic:
-    """Our own machine code. Weights stay in `dtype`, or in codes of that name."""
+def _panels_of_pairs() -> Arithmetic:
+    """Twice as fast as bfloat16 weights that are widened, where arithmetic is what holds it up."""
+    from expertmesh.kernels.cpu_code import PAIRS
+    from expertmesh.kernels.cpu_panels import pack_pairs
+
+    def packed(w_NK: Tensor, b_N: Tensor | None) -> Matrix:
+        return Matrix(pack_pairs(w_NK, b_N), None)
+
+    return replace(_panels(PAIRS), pack=packed)
+
+
+def _panels(form: str) -> Arithmetic:
+    """Our own machine code. Weights stay in the dtype of that name, or in codes."""
     from expertmesh.kernels.cpu_panels import Ffn as PanelFfn
     from expertmesh.kernels.cpu_panels import multiply, pack
 
     def packed(w_NK: Tensor, b_N: Tensor | None) -> Matrix:
-        return Matrix(pack(getattr(torch, dtype), w_NK, b_N), None)
+        return Matrix(pack(getattr(torch, form), w_NK, b_N), None)
 
     def product(x_RK: Tensor, sizes: list[int], matrices: Sequence[Matrix]) -> Tensor:
-        return multiply(dtype, x_RK, sizes, [matrix.w for matrix in matrices])
+        return multiply(form, x_RK, sizes, [matrix.w for matrix in matrices])
 
     return Arithmetic(
-        name=f"panels of {dtype}",
+        name=f"panels of {form}",
         dtype=torch.float32,
         pack=packed,
         num_bytes=lambda w: w.nbytes,
         product=product,
-        ffn=lambda spec: PanelFfn(spec, dtype),
+        ffn=lambda spec: PanelFfn(spec, form),
         max_rows=MAX_PAIRS,
         in_pool=True,
     )

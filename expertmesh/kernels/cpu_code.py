@@ -2,16 +2,17 @@
 
 Owns the code and what it is given (`Call`). Knows nothing of experts, of torch, or of who runs it. Its invariant: an
 element of y is one chain of fused multiply-adds from its bias along k = 0, 1, ..., K - 1, by IEEE rules; or from 0,
-if weights are codes, and then one more with its column's scale and its bias. So its bits
-depend on its row and its column alone, and are the same on every processor, whatever the number of rows, of threads and
-of registers.
+if weights are codes, and then one more with its column's scale and its bias. So its bits depend on its row and its
+column alone, and are the same on every processor, whatever the number of rows, of threads and of registers. Where rows
+and weights are multiplied in pairs, as bfloat16, a link of the chain is the processor's own dot product of two: its
+bits depend on row and column alone too, but it may round otherwise than another maker's.
 
-A panel holds `COLUMNS` columns of y: their float32 biases, their scales if weights are codes, then for each k a line of
-their weights. The code walks down
-the panel with a tile of up to `TILE_ROWS` rows in registers (the outer product of Goto and van de Geijn, "Anatomy of
-high-performance matrix multiplication", 2008), and fetches what it will need next while it computes.
+A panel holds `COLUMNS` columns of y: their float32 biases, their scales if weights are codes, then for each k, or pair
+of k, a line of their weights. The code walks down the panel with a tile of rows in registers (the outer product of
+Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008), and fetches what it will need next
+while it computes.
 
-Names: x_RK rows, y_RN results, R rows, K depth, N columns; vectors have `LANES` float32.
+Names: x_RK rows, y_RN results, R rows, K depth, N columns.
 """
 
 from __future__ import annotations
@@ -45,17 +46,19 @@ if TYPE_CHECKING:
 COLUMNS = 32
 """Of a panel: a line of 2-byte weights is one cache line."""
 LANES = 8
-VECTORS = COLUMNS // LANES
-TILE_ROWS = 6
-"""With half a panel's columns in two vectors: twelve sums, which with what they need fill the sixteen registers."""
-WHOLE_PANEL_ROWS = 3
-"""Up to this many rows the sums of a whole panel fit: such tiles walk down a panel once, others once for each half."""
+"""Of a vector of float32, unless a format says otherwise."""
+PAIRS = "bfloat16 pairs"
+"""The format of bfloat16 weights that are multiplied two by two, with rows of bfloat16."""
+NEAR_ROWS = 3
+"""A tile of up to so many rows has little to do but to wait for memory, and fetches what it will read next itself."""
 NEAR_BYTES = 4096
-"""How far ahead of its reads a tile of few rows fetches: it has nothing else to do than to wait for memory."""
+"""How far ahead of its reads."""
+LINE_BYTES = 64
+"""What one prefetch brings."""
 
 _VECTOR = ir.VectorType(F32, LANES)
 _INTS = ir.VectorType(I32, LANES)
-_FMA, _PREFETCH = f"llvm.fma.v{LANES}f32", "llvm.prefetch.p0"
+_PREFETCH = "llvm.prefetch.p0"
 _READ_NEAR, _READ_FAR = (0, 3, 1), (0, 2, 1)
 """What a prefetch is for: to read, from the first level of caches on or from the second, data."""
 
@@ -65,9 +68,9 @@ class Call(Work):
 
     _fields_ = (  # type: ignore[assignment]  # after those of `Work`, as ctypes has it
         ("panels_per_block", ctypes.c_int64),
-        ("depth", ctypes.c_int64),  # K
+        ("depth", ctypes.c_int64),  # lines of a panel, each of which takes 4 bytes of a row of x: K, or pairs of K
         ("width", ctypes.c_int64),  # of a row of y, padded to whole panels
-        ("x", ctypes.c_void_p),  # float32 [R, K]
+        ("x", ctypes.c_void_p),  # [R, K] float32, or bfloat16 where they are multiplied in pairs
         ("y", ctypes.c_void_p),  # float32 [R, width]
         ("blocks", ctypes.c_void_p),  # int64 [blocks, 3]: the address of its first panel, its first row, its end
     )
@@ -75,14 +78,23 @@ class Call(Work):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """How weights lie in a panel, and how `count` vectors of them from one address become float32."""
+    """How weights lie in a panel, how they are read and multiplied, and how many rows of sums the registers hold."""
 
     itemsize: int
-    widen: Callable[[ir.IRBuilder, ir.Value, int], list[ir.Value]]
+    """Bytes of a column in a line."""
+    read: Callable[[ir.IRBuilder, ir.Value, int], list[ir.Value]]
+    """As many vectors of weights from an address, as they are multiplied."""
     needs: frozenset[str]
     """What an x86 processor must have for code that is worth running."""
     scaled: bool = False
     """Whether weights are codes, with a scale for each column."""
+    lanes: int = LANES
+    multiply_add: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
+    """Of a vector of weights, 4 bytes of a row in each lane, and what their products are added to."""
+    tile_rows: int = 6
+    """With half a panel's columns in two vectors: twelve sums, which with what they need fill sixteen registers."""
+    whole_panel_rows: int = NEAR_ROWS
+    """Tiles of up to so many rows walk down a panel once, as all their sums fit; others once for each half."""
 
     @property
     def head_bytes(self) -> int:
@@ -90,16 +102,16 @@ class Format:
         return 4 * COLUMNS * (2 if self.scaled else 1)
 
 
-def _widen_float32(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+def _read_float32(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
     return [_load(b, address, v * 4 * LANES, _VECTOR) for v in range(count)]
 
 
-def _widen_float16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+def _read_float16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
     half = ir.VectorType(F16, LANES)
     return [b.fpext(_load(b, address, v * 2 * LANES, half), _VECTOR) for v in range(count)]
 
 
-def _widen_bfloat16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+def _read_bfloat16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
     """A bfloat16 is the upper half of a float32. Two columns that are `LANES` apart share 32 bits, the first below."""
     vectors = []
     for pair in range(count // 2):
@@ -109,11 +121,11 @@ def _widen_bfloat16(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.V
     return vectors
 
 
-def _widen_int8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+def _read_int8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
     return [b.sitofp(code, _VECTOR) for code in _bytes(b, address, count)]
 
 
-def _widen_fp8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+def _read_fp8(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
     """The bits of a float8 e4m3, in place, are those of a float32 whose exponent is biased by 120 more."""
     vectors = []
     for code in _bytes(b, address, count):
@@ -129,12 +141,53 @@ def _bytes(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
     return [b.sext(b.load(at(b, address, v * LANES), typ=kind, align=LANES), _INTS) for v in range(count)]
 
 
+class _BFloat16(ir.HalfType):  # type: ignore[misc]  # llvmlite has no types
+    """LLVM's, which llvmlite lacks."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat16._create_instance()
+_WIDE = ir.VectorType(F32, 16)
+_WIDE_PAIRS = ir.VectorType(_BFloat16(), 32)
+
+
+def _read_pairs(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value]:
+    return [_load(b, address, v * 64, _WIDE_PAIRS) for v in range(count)]
+
+
+def _fma(b: ir.IRBuilder, weights: ir.Value, x: ir.Value, sums: ir.Value) -> ir.Value:
+    return b.call(_function(b, f"llvm.fma.v{LANES}f32", [_VECTOR] * 3, _VECTOR), [weights, x, sums])
+
+
+def _dot_of_pairs(b: ir.IRBuilder, weights: ir.Value, x: ir.Value, sums: ir.Value) -> ir.Value:
+    dot = _function(b, "llvm.x86.avx512bf16.dpbf16ps.512", [_WIDE, _WIDE_PAIRS, _WIDE_PAIRS], _WIDE)
+    return b.call(dot, [sums, b.bitcast(x, _WIDE_PAIRS), weights])
+
+
+def _function(b: ir.IRBuilder, name: str, kinds: Sequence[ir.Type], result: ir.Type) -> ir.Function:
+    """LLVM's own of that name."""
+    known = b.module.globals.get(name)
+    return known if known is not None else ir.Function(b.module, ir.FunctionType(result, kinds), name)
+
+
+_FMA = frozenset({"avx2", "fma"})
 FORMATS = {
-    "float32": Format(itemsize=4, widen=_widen_float32, needs=frozenset({"avx2", "fma"})),
-    "bfloat16": Format(itemsize=2, widen=_widen_bfloat16, needs=frozenset({"avx2", "fma"})),
-    "float16": Format(itemsize=2, widen=_widen_float16, needs=frozenset({"avx2", "fma", "f16c"})),
-    "int8": Format(itemsize=1, widen=_widen_int8, needs=frozenset({"avx2", "fma"}), scaled=True),
-    "fp8": Format(itemsize=1, widen=_widen_fp8, needs=frozenset({"avx2", "fma"}), scaled=True),
+    "float32": Format(itemsize=4, read=_read_float32, multiply_add=_fma, needs=_FMA),
+    "bfloat16": Format(itemsize=2, read=_read_bfloat16, multiply_add=_fma, needs=_FMA),
+    "float16": Format(itemsize=2, read=_read_float16, multiply_add=_fma, needs=_FMA | {"f16c"}),
+    "int8": Format(itemsize=1, read=_read_int8, multiply_add=_fma, needs=_FMA, scaled=True),
+    "fp8": Format(itemsize=1, read=_read_fp8, multiply_add=_fma, needs=_FMA, scaled=True),
+    PAIRS: Format(
+        itemsize=4,
+        read=_read_pairs,
+        multiply_add=_dot_of_pairs,
+        needs=frozenset({"avx512bf16"}),
+        lanes=16,
+        tile_rows=12,  # 24 sums of 32 registers
+        whole_panel_rows=12,
+    ),
 }
 """By the dtype of the weights, or the name of their codes."""
 
@@ -151,9 +204,7 @@ def product_code(dtype: str) -> int:
 
 def _module(form: Format) -> ir.Module:
     module = ir.Module("product")
-    ir.Function(module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), _FMA)
-    ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32]), _PREFETCH)
-    tiles = [_tile(module, form, num_rows) for num_rows in range(1, TILE_ROWS + 1)]
+    tiles = [_tile(module, form, num_rows) for num_rows in range(1, form.tile_rows + 1)]
     _product(module, form, tiles)
     return module
 
@@ -180,7 +231,7 @@ def _product(module: ir.Module, form: Format, tiles: list[ir.Function]) -> None:
         row = b.phi(I64)
         row.add_incoming(first_row, before)
         left = b.sub(end_row, row)
-        height = divide_up(b, left, divide_up(b, left, I64(TILE_ROWS)))
+        height = divide_up(b, left, divide_up(b, left, I64(form.tile_rows)))
         cases = b.switch(height, switched)
         for num_rows, tile in enumerate(tiles, start=1):
             case = b.append_basic_block(f"rows_{num_rows}")
@@ -211,11 +262,14 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
     x_rows, y_rows = (
         [at(b, base, b.mul(size, I64(4 * r))) for r in range(num_rows)] for base, size in ((x, depth), (y, width))
     )
-    count = VECTORS if num_rows <= WHOLE_PANEL_ROWS else VECTORS // 2
-    vector_bytes = LANES * form.itemsize
-    for start in range(0, VECTORS, count):
+    vectors = COLUMNS // form.lanes
+    count = vectors if num_rows <= form.whole_panel_rows else vectors // 2
+    vector_bytes = form.lanes * form.itemsize
+    sums_type = ir.VectorType(F32, form.lanes)
+    prefetch = _function(b, _PREFETCH, [POINTER, I32, I32, I32], ir.VoidType())
+    for start in range(0, vectors, count):
         lines = at(b, panel, form.head_bytes + start * vector_bytes)
-        if count == VECTORS:
+        if num_rows <= NEAR_ROWS:
             ahead, how = at(b, lines, NEAR_BYTES), _READ_NEAR
         else:  # each walk is bound by arithmetic, and fetches its share of the whole next panel meanwhile
             ahead, how = at(b, next_panel, b.mul(depth, I64(start * vector_bytes))), _READ_FAR
@@ -228,22 +282,24 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
             how: tuple[int, int, int] = how,
         ) -> list[ir.Value]:
             fetched = at(b, ahead, b.mul(k, I64(count * vector_bytes)))
-            b.call(module.globals[_PREFETCH], [fetched, *map(I32, how)])
-            weights = form.widen(b, at(b, lines, b.mul(k, I64(VECTORS * vector_bytes))), count)
-            x_ks = [_repeat(b, b.load(at(b, x_row, b.mul(k, I64(4))), typ=F32)) for x_row in x_rows]
+            for offset in range(0, count * vector_bytes, LINE_BYTES):
+                b.call(prefetch, [at(b, fetched, offset), *map(I32, how)])
+            weights = form.read(b, at(b, lines, b.mul(k, I64(vectors * vector_bytes))), count)
+            x_ks = [_repeat(b, b.load(at(b, x_row, b.mul(k, I64(4))), typ=F32), sums_type) for x_row in x_rows]
             factors = [(weight, x_k) for x_k in x_ks for weight in weights]
-            return [b.call(module.globals[_FMA], [*pair, one]) for pair, one in zip(factors, sums, strict=True)]
+            return [form.multiply_add(b, *pair, one) for pair, one in zip(factors, sums, strict=True)]
 
-        biases = [_load(b, panel, 4 * LANES * v, _VECTOR) for v in range(start, start + count)]
-        zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * count
+        columns = range(start * form.lanes, (start + count) * form.lanes, form.lanes)
+        biases = [_load(b, panel, 4 * column, sums_type) for column in columns]
+        zeros = [ir.Constant(sums_type, [0.0] * form.lanes)] * count
         sums = loop(b, depth, (zeros if form.scaled else biases) * num_rows, step)
         if form.scaled:
-            scales = [_load(b, panel, 4 * (COLUMNS + LANES * v), _VECTOR) for v in range(start, start + count)]
+            scales = [_load(b, panel, 4 * (COLUMNS + column), sums_type) for column in columns]
             terms = zip(sums, scales * num_rows, biases * num_rows, strict=True)
-            sums = [b.call(module.globals[_FMA], [*term]) for term in terms]
-        for r, y_row in enumerate(y_rows):
-            for v in range(count):
-                b.store(sums[r * count + v], at(b, y_row, 4 * LANES * (start + v)), align=4)
+            sums = [_fma(b, one, scale, bias) for one, scale, bias in terms]
+        targets = [at(b, y_row, 4 * column) for y_row in y_rows for column in columns]
+        for one, target in zip(sums, targets, strict=True):
+            b.store(one, target, align=4)
     b.ret_void()
     return function
 
@@ -253,7 +309,8 @@ def _load(b: ir.IRBuilder, base: ir.Value, offset: int, kind: ir.Type) -> ir.Val
     return b.load(at(b, base, offset), typ=kind, align=16)
 
 
-def _repeat(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def _repeat(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
     """A vector of one number."""
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, ir.Constant(_INTS, [0] * LANES))
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+    return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, first)

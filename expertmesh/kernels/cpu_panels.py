@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from expertmesh.allocator import huge_pages
 from expertmesh.kernels.activation import activate
 from expertmesh.kernels.blocks import MAX_PAIRS, runs
-from expertmesh.kernels.cpu_code import COLUMNS, LANES, Call, product_code
+from expertmesh.kernels.cpu_code import COLUMNS, LANES, PAIRS, Call, product_code
 from expertmesh.kernels.cpu_row_code import Rows, activation_code, gather_code, round_code
 
 if TYPE_CHECKING:
@@ -55,6 +55,15 @@ def pack(dtype: torch.dtype, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
     return torch.cat([_head(b_N, num_results), w.contiguous().view(torch.uint8).view(num_panels, -1)], dim=1)
 
 
+def pack_pairs(w_NK: Tensor, b_N: Tensor | None) -> Tensor:
+    """Panels of bfloat16 weights two by two, an odd last one with a zero."""
+    num_results, depth = w_NK.shape
+    num_panels = -(-num_results // COLUMNS)
+    w = F.pad(w_NK.to(torch.bfloat16), (0, depth % 2, 0, num_panels * COLUMNS - num_results))
+    w = w.view(num_panels, COLUMNS, -1, 2).transpose(1, 2).contiguous()
+    return torch.cat([_head(b_N, num_results), w.view(torch.uint8).view(num_panels, -1)], dim=1)
+
+
 def pack_codes(codes_NK: Tensor, s_N: Tensor, b_N: Tensor | None) -> Tensor:
     """Panels of codes of one byte, which each row's scale turns into its weights."""
     num_results, depth = codes_NK.shape
@@ -77,12 +86,14 @@ _Block: TypeAlias = "tuple[Tensor, tuple[int, int]]"
 """A weight, and of its rows the first and the end."""
 
 
-def multiply(dtype: str, x_RK: Tensor, sizes: list[int], weights: Sequence[Tensor]) -> Tensor:
-    """y_RN, where N is filled up to whole panels: `sizes` rows of float32 x_RK by each of `weights`, in order."""
+def multiply(form: str, x_RK: Tensor, sizes: list[int], weights: Sequence[Tensor]) -> Tensor:
+    """y_RN, where N is filled up to whole panels: `sizes` rows of x_RK by each of `weights` of `form`, in order."""
+    if form == PAIRS:
+        x_RK = F.pad(x_RK.to(torch.bfloat16), (0, x_RK.shape[1] % 2))
     x_RK = x_RK.contiguous()
     y_RN = torch.empty(len(x_RK), len(weights[0]) * COLUMNS)
     spans = pairwise(accumulate(sizes, initial=0))
-    _multiply(product_code(dtype), x_RK, list(zip(weights, spans, strict=True)), y_RN)
+    _multiply(product_code(form), x_RK, list(zip(weights, spans, strict=True)), y_RN)
     return y_RN
 
 
@@ -97,7 +108,7 @@ def _multiply(code: int, x_RK: Tensor, blocks: Sequence[_Block], y_RN: Tensor) -
         end=num_panels,
         chunk=min(MAX_CHUNK, -(-num_panels // (CHUNKS_PER_THREAD * num_threads))),
         panels_per_block=per_block,
-        depth=x_RK.shape[1],
+        depth=x_RK.stride(0) * x_RK.itemsize // 4,
         width=y_RN.shape[1],
         x=x_RK.data_ptr(),
         y=y_RN.data_ptr(),
@@ -112,16 +123,22 @@ class Ffn:
     An activation that `cpu_row_code` does not have is torch's. One thread uses it, as it keeps what it computes in.
     """
 
-    def __init__(self, spec: ExpertSpec, dtype: str) -> None:
-        """`dtype` is the weights'. Raises RuntimeError as `product_code` does."""
+    def __init__(self, spec: ExpertSpec, form: str) -> None:
+        """`form` is the weights'. Raises RuntimeError as `product_code` does."""
         self._spec = spec
-        self._product = product_code(dtype)
-        self._gather, self._round = gather_code(spec.dtype), round_code(spec.dtype)
-        self._activation = activation_code(spec.activation, gated=spec.gated)
-        widths = (spec.hidden, _filled(spec.rows_in), spec.intermediate, _filled(spec.hidden))
+        self._product = product_code(form)
+        factors = "bfloat16" if form == PAIRS else "float32"
+        self._gather, self._round = gather_code(spec.dtype, factors), round_code(spec.dtype)
+        self._activation = activation_code(spec.activation, gated=spec.gated, written=factors)
+        columns = 4 // getattr(torch, factors).itemsize
+        widths = [-(-width // columns) for width in (spec.hidden, spec.intermediate)]  # in 4 bytes
+        widths += [_filled(spec.rows_in), _filled(spec.hidden)]
         memory = huge_pages(4 * MAX_PAIRS * sum(widths)).view(torch.float32)
         parts = torch.split(memory, [MAX_PAIRS * width for width in widths])
-        self._buffers = [part.view(MAX_PAIRS, width) for part, width in zip(parts, widths, strict=True)]
+        x, a, h, y = (part.view(MAX_PAIRS, width) for part, width in zip(parts, widths, strict=True))
+        # What fills an odd row of bfloat16 up is never written, and stays zero.
+        self._x, self._a = x.view(getattr(torch, factors)), a.view(getattr(torch, factors))
+        self._h, self._y = h, y
 
     def __call__(self, slots: Sequence[Expert | None], x_TH: Tensor, row_P: Tensor, slot_P: Tensor) -> Tensor:
         y_PH = torch.empty(len(row_P), self._spec.hidden, dtype=x_TH.dtype)
@@ -135,7 +152,8 @@ class Ffn:
         self, slots: Sequence[Expert | None], x_TH: Tensor, row_P: Tensor, slot_P: list[int], y_PH: Tensor
     ) -> None:
         num_pairs = len(slot_P)
-        x_PH, h_PN, a_PI, unrounded_PH = (buffer[:num_pairs] for buffer in self._buffers)
+        x, a, h_PN, unrounded_PH = (buffer[:num_pairs] for buffer in (self._x, self._a, self._h, self._y))
+        x_PH, a_PI = x[:, : self._spec.hidden], a[:, : self._spec.intermediate]
         ins: list[_Block] = []
         outs: list[_Block] = []
         for block in runs(slot_P):

@@ -175,9 +175,9 @@ _GATED: dict[str, Callable[[Maths, ir.Value, ir.Value, Activation], ir.Value]] =
 
 
 @functools.cache
-def gather_code(dtype: str) -> int:
-    """`void (Rows *)`: the rows of `dtype` that `index` names, in float32. Raises as `cpu_ir.compiled`."""
-    return _code(dtype, "float32", lambda m, row, e, _: m.load(dtype, row, e), indexed=True)
+def gather_code(dtype: str, written: str = "float32") -> int:
+    """`void (Rows *)`: the rows of `dtype` that `index` names, in `written`. Raises as `cpu_ir.compiled`."""
+    return _code(dtype, written, lambda m, row, e, _: m.load(dtype, row, e), indexed=True)
 
 
 @functools.cache
@@ -187,8 +187,11 @@ def round_code(dtype: str) -> int:
 
 
 @functools.cache
-def activation_code(activation: Activation, *, gated: bool) -> int | None:
-    """`void (Rows *)` from float32 rows, gate columns first, then up: None for an activation that is not here."""
+def activation_code(activation: Activation, *, gated: bool, written: str = "float32") -> int | None:
+    """`void (Rows *)` from float32 rows, gate columns first, then up, to rows of `written`.
+
+    None for an activation that is not here.
+    """
     pointwise, both = _POINTWISE.get(activation.name), _GATED.get(activation.name)
     if pointwise is None and (both is None or not gated):
         return None
@@ -204,7 +207,7 @@ def activation_code(activation: Activation, *, gated: bool) -> int | None:
         assert both is not None
         return both(m, gate, up, activation)
 
-    return _code("float32", "float32", compute)
+    return _code("float32", written, compute)
 
 
 _Compute = Callable[[Maths, ir.Value, ir.Value, ir.Value], ir.Value]

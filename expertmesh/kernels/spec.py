@@ -51,6 +51,9 @@ class ExpertSpec:
     """Of dense weights, of biases, and of the rows in and out: one of `DTYPES`."""
     weight_format: str = "dense"
     """How the two weights are stored in the slot: one of `formats.FORMATS`."""
+    portable: bool = False
+    """Whether CPU cores of any make must compute the same bits. Else they compute as is fastest on them, so that only
+    like ones agree to the last bit."""
 
     @property
     def format(self) -> WeightFormat:

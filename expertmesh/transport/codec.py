@@ -210,6 +210,7 @@ def encode_spec(spec: ExpertSpec) -> pb.ExpertSpec:
         alpha=spec.activation.alpha,
         dtype=DTYPE_NUMBERS[spec.dtype],
         weight_format=spec.weight_format,
+        portable=spec.portable,
     )
 
 
@@ -229,6 +230,7 @@ def decode_spec(message: pb.ExpertSpec) -> ExpertSpec:
         activation=Activation(name=message.activation, limit=message.limit, alpha=message.alpha),
         dtype=_FROM_DTYPE[message.dtype],
         weight_format=weight_format,
+        portable=message.portable,
     )
 
 

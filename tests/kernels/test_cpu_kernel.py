@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from expertmesh.kernels import cpu, slot_bytes
 from expertmesh.kernels.blocks import MAX_PAIRS
 from expertmesh.kernels.cpu import BY_FOURS, MAX_ROWS, ONE_ROW, CpuKernel, choose_arithmetic, plain
 from expertmesh.kernels.reference import ReferenceKernel
+from expertmesh.kernels.selfcheck import fingerprint
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertWeights
 from tests.kernels.cases import (
     GATED_ACTIVATIONS,
@@ -99,6 +101,30 @@ def test_it_knows_every_ungated_activation(activation):
     assert_matches_reference(kernel_of(make_spec(40, 37, gated=False, activation=activation)), 16)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weight_format", "bits"),
+    [
+        ("float32", "dense", "513d64e3d2f91f22"),
+        ("bfloat16", "dense", "9ab91052d93430fc"),
+        ("float16", "dense", "5af23d1dfbaa0c8e"),
+        ("bfloat16", "int8", "e335a174c0df0f2e"),
+        ("bfloat16", "fp8", "c7f2d81547766320"),
+        ("bfloat16", "int4_g32", "9ba9721fead352fe"),
+    ],
+)
+def test_a_portable_expert_has_these_bits_on_every_processor(dtype, weight_format, bits):
+    """Written down on a Zen 4. Wherever this runs, it must come to the same."""
+    pytest.importorskip("llvmlite")
+    spec = make_spec(300, 130, dtype=dtype, bias=True, weight_format=weight_format)
+    assert fingerprint(CpuKernel(replace(spec, portable=True), 1)) == bits
+
+
+def test_what_is_not_portable_is_refused():
+    spec = replace(make_spec(40, 37, activation=Activation(name="gelu")), portable=True)
+    with pytest.raises(ConfigError, match=r"experts\.portable: gelu is not computed alike everywhere"):
+        CpuKernel(spec, 1)
+
+
 def without_panels(spec):
     """The arithmetics of a machine that has no llvmlite."""
     return [one for one in cpu._preferred(spec) if not one.in_pool]
@@ -107,8 +133,12 @@ def without_panels(spec):
 PREPACKED = without_panels(make_spec(300, 300))[0]
 
 
+WIDENED = cpu._panels("bfloat16")
+"""What a processor without products of bfloat16 pairs takes."""
+
+
 @pytest.mark.parametrize(
-    "arithmetic", [PREPACKED, BY_FOURS, ONE_ROW, PLAIN_BFLOAT16], ids=lambda arithmetic: arithmetic.name
+    "arithmetic", [WIDENED, PREPACKED, BY_FOURS, ONE_ROW, PLAIN_BFLOAT16], ids=lambda arithmetic: arithmetic.name
 )
 def test_every_arithmetic_computes_what_the_reference_does(arithmetic):
     kernel = kernel_of(make_spec(100, 37, dtype="bfloat16", bias=True), arithmetic=arithmetic)

@@ -22,6 +22,11 @@ cpu_panels = pytest.importorskip("expertmesh.kernels.cpu_panels")
 
 SIZES = st.integers(1, 150)
 
+needs_pairs = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no products of bfloat16 pairs"
+)
+FORMS = [*DTYPES, pytest.param(cpu_code.PAIRS, marks=needs_pairs)]
+
 
 @pytest.fixture(autouse=True)
 def threads_restored():
@@ -38,10 +43,16 @@ def integers(*shape, seed=0):
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-def product(dtype, x_RK, sizes, matrices):
+def held(form):
+    """The dtype of its weights."""
+    return torch.bfloat16 if form == cpu_code.PAIRS else getattr(torch, form)
+
+
+def product(form, x_RK, sizes, matrices):
     """y_RN by panels, without what fills the last one."""
-    packed = [cpu_panels.pack(getattr(torch, dtype), w, b) for w, b in matrices]
-    return cpu_panels.multiply(dtype, x_RK, sizes, packed)[:, : len(matrices[0][0])]
+    is_paired = form == cpu_code.PAIRS
+    packed = [cpu_panels.pack_pairs(w, b) if is_paired else cpu_panels.pack(held(form), w, b) for w, b in matrices]
+    return cpu_panels.multiply(form, x_RK, sizes, packed)[:, : len(matrices[0][0])]
 
 
 def chain_of_fmaf(x_RK, w_NK, b_N):
@@ -63,11 +74,22 @@ def test_an_element_is_a_chain_of_fused_multiply_adds(dtype):
     assert torch.equal(product(dtype, x_RK, [7], [(w_NK, b_N)]), chain_of_fmaf(x_RK, w_NK, b_N))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@needs_pairs
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(depth=SIZES, num_results=SIZES, num_rows=st.integers(1, 30))
+def test_pairs_are_summed_to_within_a_rounding_of_each(depth, num_results, num_rows):
+    x_RK, w_NK = normal(num_rows, depth).bfloat16(), normal(num_results, depth, seed=1).bfloat16()
+    y_RN = product(cpu_code.PAIRS, x_RK, [num_rows], [(w_NK, None)])
+    exact_RN = x_RK.double() @ w_NK.double().T
+    bound_RN = depth * 2.0**-24 * (x_RK.double().abs() @ w_NK.double().abs().T)
+    assert ((y_RN - exact_RN).abs() <= bound_RN).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(depth=SIZES, num_results=SIZES, sizes=st.lists(st.integers(1, 20), min_size=1, max_size=9), biased=st.booleans())
-def test_products_of_small_integers_are_exact(num_threads, dtype, depth, num_results, sizes, biased):
+def test_products_of_small_integers_are_exact(num_threads, form, depth, num_results, sizes, biased):
     torch.set_num_threads(num_threads)
     x_RK = integers(sum(sizes), depth)
     matrices = [
@@ -76,28 +98,30 @@ def test_products_of_small_integers_are_exact(num_threads, dtype, depth, num_res
     ]
     blocks = zip(torch.split(x_RK, sizes), matrices, strict=True)
     expected = torch.cat([x @ w.T + (0.0 if b is None else b) for x, (w, b) in blocks])
-    assert torch.equal(product(dtype, x_RK, sizes, matrices), expected)
+    assert torch.equal(product(form, x_RK, sizes, matrices), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(depth=SIZES, num_results=SIZES, num_rows=st.integers(1, 40), num_threads=st.integers(1, 3))
-def test_a_row_has_the_same_bits_alone(dtype, depth, num_results, num_rows, num_threads):
-    matrix = (normal(num_results, depth).to(getattr(torch, dtype)).float(), None)
+def test_a_row_has_the_same_bits_alone(form, depth, num_results, num_rows, num_threads):
+    matrix = (normal(num_results, depth).to(held(form)).float(), None)
     x_RK = normal(num_rows, depth, seed=1)
     torch.set_num_threads(num_threads)
-    together = product(dtype, x_RK, [num_rows], [matrix])
+    together = product(form, x_RK, [num_rows], [matrix])
     torch.set_num_threads(1)
-    alone = [product(dtype, x_RK[r : r + 1], [1], [matrix]) for r in range(num_rows)]
+    alone = [product(form, x_RK[r : r + 1], [1], [matrix]) for r in range(num_rows)]
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_weight_that_the_dtype_has_is_widened_exactly(dtype):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_weight_is_widened_exactly(form):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
-    values = bits.view(torch.bfloat16).float() if dtype == "float32" else bits.view(getattr(torch, dtype)).float()
+    values = bits.view(torch.bfloat16).float() if form == "float32" else bits.view(held(form)).float()
     values = values[values.isfinite()]
-    y_RN = product(dtype, torch.ones(1, 1), [1], [(values[:, None], None)])
+    if form == cpu_code.PAIRS:  # whose rule is that what is smaller counts as zero
+        values = values[(values == 0) | (values.abs() >= torch.finfo(torch.bfloat16).tiny)]
+    y_RN = product(form, torch.ones(1, 1), [1], [(values[:, None], None)])
     assert torch.equal(y_RN[0], values)
 
 
@@ -123,21 +147,28 @@ def test_an_element_of_codes_is_a_chain_that_its_scale_and_bias_end(code):
     assert torch.equal(y_RN, torch.stack(scaled, 1))
 
 
-@pytest.mark.parametrize("dtype", cpu_code.FORMATS)
-@pytest.mark.parametrize(
-    ("triple", "processor"),
-    [
-        ("x86_64-linux-gnu", "haswell"),
-        ("x86_64-linux-gnu", "sapphirerapids"),
-        ("aarch64-linux-gnu", "neoverse-v1"),
-        ("arm64-apple-macosx", "apple-m1"),
-    ],
-)
-def test_it_compiles_for_processors_that_are_not_here_without_spilling_a_sum(triple, processor, dtype):
+LINUX = "x86_64-linux-gnu"
+HASWELL, SAPPHIRE_RAPIDS, ZEN_4 = (LINUX, "haswell"), (LINUX, "sapphirerapids"), (LINUX, "znver4")
+ARM, APPLE = ("aarch64-linux-gnu", "neoverse-v1"), ("arm64-apple-macosx", "apple-m1")
+EVERYWHERE = sorted(set(cpu_code.FORMATS) - {cpu_code.PAIRS})
+
+
+def assembly_of(form, triple, processor):
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     machine = binding.Target.from_triple(triple).create_target_machine(cpu=processor, opt=2)
-    assembly = machine.emit_assembly(binding.parse_assembly(str(cpu_code._module(cpu_code.FORMATS[dtype]))))
-    assert "fma" in assembly or "fmla" in assembly
+    return machine.emit_assembly(binding.parse_assembly(str(cpu_code._module(cpu_code.FORMATS[form]))))
+
+
+@pytest.mark.parametrize(
+    ("form", "processor"),
+    [
+        *itertools.product(EVERYWHERE, [HASWELL, SAPPHIRE_RAPIDS, ARM, APPLE]),
+        *itertools.product([cpu_code.PAIRS], [SAPPHIRE_RAPIDS, ZEN_4]),
+    ],
+)
+def test_it_compiles_for_processors_that_are_not_here_without_spilling_a_sum(form, processor):
+    assembly = assembly_of(form, *processor)
+    assert ("vdpbf16ps" if form == cpu_code.PAIRS else "fm") in assembly  # x86 says vfmadd, ARM fmla
     assert "fmaf" not in assembly  # C's, one number at a time
     assert not re.search(r"(32|64)-byte (Folded )?Spill", assembly)
