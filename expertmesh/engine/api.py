@@ -124,6 +124,10 @@ class Engine(Protocol):
         """
         ...
 
+    def after_events(self, tell: Callable[[], object]) -> None:
+        """Have `tell` called on the engine's thread after all events of a step. It must return at once and not raise."""
+        ...
+
     def cancel(self, request_id: str) -> None:
         """Forget a request: no event follows, its memory is freed by the next step. Unknown ids are ignored."""
         ...

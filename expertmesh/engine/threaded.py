@@ -52,6 +52,7 @@ class ThreadedEngine:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._eos_token_ids = _eos_token_ids(model)
         self._keys = itertools.count()
+        self._after_events: Callable[[], object] = lambda: None
         self._num_generated = 0
         self._num_steps = 0
 
@@ -97,6 +98,9 @@ class ThreadedEngine:
                 raise OverloadedError(f"{num_waiting} requests are waiting (max_queue); retry later")
             self._live[request.request_id] = generation
             self._changed.notify()
+
+    def after_events(self, tell: Callable[[], object]) -> None:
+        self._after_events = tell
 
     def cancel(self, request_id: str) -> None:
         with self._lock:
@@ -216,10 +220,12 @@ class ThreadedEngine:
                 self._score_next()
                 self._admit()
                 self._step()
+                self._after_events()
         except Exception as error:  # noqa: BLE001 - the thread's boundary
             _log.exception("the engine's thread ended")
             end = f"its thread ended with {_describe(error)}"
         self._finish_all(end)
+        self._after_events()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do, and forget what was cancelled. False means to stop."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import threading
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -17,6 +18,7 @@ from expertmesh.config import MeshConfig
 from expertmesh.doubt import Doubt
 from expertmesh.errors import ConfigError, ExpertMeshError, NoControllerError, NoRouterError, RouterGoneError
 from expertmesh.fault import NOT_ALLOWED
+from expertmesh.serve.relay import Inbox
 from expertmesh.serve.router import Router
 from expertmesh.signals import kill_soon
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from expertmesh.engine.api import GenerateRequest, PromptLogprobs, TokenEvent
     from expertmesh.gates.spec import GateSpec
     from expertmesh.placement import Placement
+    from expertmesh.serve.relay import Incoming, Message
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +121,9 @@ class RouterDeployment:
         with contextlib.suppress(RayActorError, ValueError):
             await self._controller.ask(method, _router_id(), news)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
-        async for events in self._router.generate(request):
-            yield events
+    async def generate(self, request: GenerateRequest, gateway: str) -> AsyncIterator[Message]:
+        async for message in self._router.generate(request, gateway):
+            yield message
 
     async def score(
         self, prompt_ids: tuple[int, ...], top_logprobs: int, gate: GateSpec | None = None
@@ -215,13 +218,31 @@ class RouterHandle:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._id = uuid.uuid4().hex
+        self._inbox = Inbox()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenEvent], None]:
-        answer = self._handle.options(stream=True).generate.remote(request)
+        incoming = self._inbox.expect(request.request_id)
+        reading = asyncio.create_task(self._read(request, incoming))
+        try:
+            while (events := await incoming.next()) is not None:
+                yield events
+        finally:
+            reading.cancel()
+            self._inbox.forget(request.request_id)
+
+    async def _read(self, request: GenerateRequest, incoming: Incoming) -> None:
+        """Take an answer's messages, which may be for other requests too, until its end."""
+        answer = self._handle.options(stream=True).generate.remote(request, self._id)
         try:
             with _own_errors():
-                async for events in answer:
-                    yield events
+                async for message in answer:
+                    self._inbox.put(message)
+                    incoming.beat()
+        except Exception as error:  # noqa: BLE001 - it is the request's, and raised there
+            incoming.end(error)
+        else:
+            incoming.end(None)
         finally:
             answer.cancel()  # does nothing once the answer is complete
 

@@ -1,12 +1,13 @@
 """The router: the dense model, its engine, and the exchange with the hosts. No Ray here.
 
-Requests are token ids; answers are lists of token events, those that came since the last list together.
+Requests are token ids; answers are the messages of `relay`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ from expertmesh.backbone import Gates, load_backbone
 from expertmesh.checkpoint.source import resolve
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.engine import EngineConfig, make_engine
-from expertmesh.engine.api import PromptLogprobs, TokenEvent
+from expertmesh.engine.api import PromptLogprobs
 from expertmesh.errors import InvalidRequestError
 from expertmesh.moe.exchange import Exchange, ExchangeLimits
 from expertmesh.moe.layer import MoeLayer
 from expertmesh.serve.card import model_card
+from expertmesh.serve.relay import Outbox
 from expertmesh.trace.format import TraceHeader, encode_header, fingerprint
 from expertmesh.trace.recorder import TraceRecorder
 from expertmesh.transport.network import NetworkTransport
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
 
     from expertmesh.config import MeshConfig
     from expertmesh.doubt import Doubt
-    from expertmesh.engine.api import GenerateRequest
+    from expertmesh.engine.api import GenerateRequest, TokenEvent
     from expertmesh.gates.spec import GateSpec
     from expertmesh.placement import Placement
+    from expertmesh.serve.relay import Message
 
 BEAT_S = 3.0
 """A router that has a request says something at least this often, if only that it is there."""
@@ -76,6 +79,12 @@ class Router:
             kind=section.engine,
             gates=gates,
         )
+        self._engine.after_events(self._wake)
+        self._heard: deque[tuple[Outbox, TokenEvent]] = deque()
+        """By the engine's thread, and not yet put into outboxes."""
+        self._outboxes: dict[str, Outbox] = {}
+        """By gateway, while it waits for answers."""
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def on_doubt(self, tell: Callable[[Doubt], object]) -> None:
         """Have `tell` called, on the engine's thread, with every doubt about a replica."""
@@ -100,34 +109,38 @@ class Router:
         _ = placement.layers  # made here, lest the next exchange has to
         self._exchange.update(placement)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[TokenEvent]]:
-        """The request's events until its end; nothing, every BEAT_S, while there are none. Leaving early cancels it.
+    async def generate(self, request: GenerateRequest, gateway: str) -> AsyncIterator[Message]:
+        """The request's answer until its end, which may carry other requests' events, all of that gateway.
 
-        Raises what `Engine.submit` raises.
+        There is a message at least every BEAT_S. Leaving early cancels the request. Raises what `Engine.submit` raises.
         """
-        loop = asyncio.get_running_loop()
-        arrived: list[TokenEvent] = []
-        news = asyncio.Event()
-
-        def deliver(event: TokenEvent) -> None:
-            arrived.append(event)
-            news.set()
-
-        self._engine.submit(request, lambda event: loop.call_soon_threadsafe(deliver, event))
-        finished = False
+        self._loop = asyncio.get_running_loop()
+        outbox = self._outboxes.setdefault(gateway, Outbox())
+        self._engine.submit(request, lambda event: self._heard.append((outbox, event)))
+        outgoing = outbox.open(request.request_id)
         try:
-            while not finished:
+            while not outgoing.is_told:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(BEAT_S):
-                        await news.wait()
-                events = arrived.copy()
-                arrived.clear()
-                news.clear()
-                finished = bool(events) and events[-1].finish_reason is not None
-                yield events
+                        await outgoing.news.wait()
+                yield outgoing.take()
         finally:
-            if not finished:
+            if not outgoing.is_told:
                 self._engine.cancel(request.request_id)
+            outbox.close(request.request_id)
+            if outbox.is_empty:
+                del self._outboxes[gateway]
+
+    def _wake(self) -> None:
+        """Have what a step has said passed on: once, for to wake another thread costs more than to tell it."""
+        if self._heard and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # a loop that was closed, whose requests are forgotten
+                self._loop.call_soon_threadsafe(self._pass_on)
+
+    def _pass_on(self) -> None:
+        while self._heard:
+            outbox, event = self._heard.popleft()
+            outbox.put(event)
 
     async def trace(self, seconds: float) -> AsyncIterator[bytes]:
         """What the gates choose for so long, as a trace: its bytes as they come. One at a time."""

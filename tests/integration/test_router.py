@@ -45,7 +45,8 @@ def generate(router: Router) -> int:
     )
 
     async def count() -> int:
-        return sum([len(events) async for events in router.generate(request)])
+        numbers = {number async for message in router.generate(request, "gateway") for number, _ in message}
+        return len(numbers)
 
     return asyncio.run(count())
 
