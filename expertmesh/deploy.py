@@ -116,6 +116,8 @@ def _start_ray(mesh: MeshConfig) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Serve notices that our controller has died when it looks, which is every 10 s unless told otherwise.
     os.environ.setdefault("RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S", "2")
+    # Before a gateway ends, Serve gives balancers half a minute to learn of it. There is none but its own here.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "2")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **_QUIET)
 
 

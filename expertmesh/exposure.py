@@ -1,8 +1,9 @@
-"""What in a config lets strangers in: said once at the start, for it may be meant. Pure."""
+"""What in a config, or in what Ray Serve was told, lets strangers in: said once at the start, for it may be meant."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ def exposures(mesh: MeshConfig, http_host: str) -> list[str]:
             f"gateway: HTTP listens at {http_host}, and whoever reaches it may use the model; `expertmesh key NAME` "
             "draws a key for gateway.api_keys"
         )
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        ports = [
+            os.environ.get("RAY_SERVE_HAPROXY_STATS_PORT", "8404"),
+            os.environ.get("RAY_SERVE_HAPROXY_METRICS_PORT", "9101"),
+        ]
+        found.append(f"Serve: HAProxy counts requests for all to see, at ports {' and '.join(ports)} of this machine")
     return found
 
 

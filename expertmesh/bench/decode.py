@@ -1,8 +1,9 @@
 """`expertmesh bench decode`: tokens per second while 1, 8 and 32 streams are written to.
 
 A router and two host processes, one thread each, against what one would run in their place on the same cores:
-transformers' continuous batching, its plain batched loop for orientation, and llama.cpp where it is installed. All have
-the same weights, prompts and way to draw a token. The sides are processes of their own and take turns.
+transformers' continuous batching, its plain batched loop for orientation, and llama.cpp where it is installed; and
+against themselves behind a gateway, as clients see them over HTTP. All have the same weights, prompts and way to draw a
+token. The sides are processes of their own and take turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from expertmesh.bench import decode_llama, decode_sides
+from expertmesh.bench import decode_http, decode_llama, decode_sides
 from expertmesh.bench.decode_model import SHAPES, prompts, save_checkpoint
 from expertmesh.bench.measure import Spread, environment, ratios
 from expertmesh.progress import Progress
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
     from expertmesh.bench.decode_sides import DecodeSide
 
-OURS, CONTINUOUS, PLAIN, LLAMA = (
+OURS, HTTP, CONTINUOUS, PLAIN, LLAMA = (
     "expertmesh",
+    "expertmesh, over HTTP",
     "transformers, continuous batching",
     "transformers, plain loop",
     "llama.cpp",
@@ -42,6 +44,7 @@ def run(
     """Let every side write `tokens` tokens to each stream, `rounds` times over: a JSON-able report."""
     sides: dict[str, DecodeSide] = {
         OURS: decode_sides.mesh,
+        HTTP: decode_http.over_http,
         CONTINUOUS: decode_sides.continuous_batching,
         PLAIN: decode_sides.plain_batch,
     }
@@ -57,8 +60,11 @@ def run(
     return {
         "bench": "decode",
         "shape": {"name": shape, "model": SHAPES[shape].description, "dtype": "bfloat16"},
-        "threads": {OURS: f"1 in the router, 1 in each of {decode_sides.NUM_HOSTS} hosts"}
-        | {side: str(decode_sides.NUM_THREADS) for side in sides if side != OURS},
+        "threads": {
+            OURS: f"1 in the router, 1 in each of {decode_sides.NUM_HOSTS} hosts",
+            HTTP: "the same, and beside them Ray, Serve, the gateway and the clients",
+        }
+        | {side: str(decode_sides.NUM_THREADS) for side in sides if side not in (OURS, HTTP)},
         "prompt_tokens": len(prompts(1)[0]),
         "tokens_per_stream": tokens,
         "rounds": rounds,

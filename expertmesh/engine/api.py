@@ -125,7 +125,7 @@ class Engine(Protocol):
         ...
 
     def after_events(self, tell: Callable[[], object]) -> None:
-        """Have `tell` called on the engine's thread after all events of a step. It must return at once and not raise."""
+        """Have `tell` called on the engine's thread after a step's events. It must return at once and not raise."""
         ...
 
     def cancel(self, request_id: str) -> None:

@@ -1,9 +1,11 @@
-"""Attention over a paged cache on CPU cores: one product per request, with its own keys only.
+"""Attention over a paged cache on CPU cores: for each request with its own keys only.
 
 transformers computes plain attention of all requests of a step as one product, under a mask that hides each one's keys
 from the others: its work grows with the square of the requests. Only flash attention, which CPUs lack, keeps them
 apart. Knows nothing of pages, which the cache resolves. Invariant: a request's attention is computed as if it were
-alone, by the function that the model would use; in float32 where the processor has no instructions for less.
+alone. Requests with one new token, as decoding has them, are computed by a kernel in one call; others, and what is
+special about a model, by the function that the model would use. Products are float32: for so few rows that is faster
+than bfloat16, but where there are units for its matrices.
 
 Shapes: Q new tokens of all requests, S cached and new tokens of all requests, G heads, D of a head.
 """
@@ -11,6 +13,7 @@ Shapes: Q new tokens of all requests, S cached and new tokens of all requests, G
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -55,20 +58,50 @@ def _attend(
     ends_q, ends_k = options["cu_seq_lens_q"].tolist(), options["cu_seq_lens_k"].tolist()
     # Not every model passes its window: some only have it in the mask, which takes no account of the cache.
     window = getattr(cache.layer_to_allocator[module.layer_idx], "sliding_window", None)
-    dtype = _product_dtype(query.dtype)
-    wide = query.to(dtype)
-    parts = []
-    for (from_q, to_q), (from_k, to_k) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
-        own = wide[:, :, from_q:to_q], key[:, :, from_k:to_k].to(dtype), value[:, :, from_k:to_k].to(dtype)
-        mask = _mask(*own[:2], window, is_added=attend is not sdpa_attention_forward)
-        part, _ = attend(module, *own, mask, sliding_window=window, **options)
-        parts.append(part)
-    return torch.cat(parts, dim=1).to(query.dtype), None
+    spans = list(zip(pairwise(ends_q), pairwise(ends_k), strict=True))
+    # The kernel knows no more than plain attention does.
+    is_plain = attend is sdpa_attention_forward and options.get("position_bias") is None
+    has_kernel = is_plain and _has_kernel(str(query.dtype).removeprefix("torch."), query.shape[-1])
+    alone = [(q, k, to_k) for (q, to_q), (k, to_k) in spans if to_q - q == 1] if has_kernel else []
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    if alone:
+        from expertmesh.kernels.cpu_attention import attend as attend_alone
+
+        rows = [(q, k if window is None else max(k, to_k - window), to_k) for q, k, to_k in alone]
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        together = attend_alone(query[0], key[0], value[0], rows, scale)
+        if len(alone) == query.shape[2]:
+            return together.unsqueeze(0), None
+        output[0, [q for q, *_ in alone]] = together
+    for (from_q, to_q), (from_k, to_k) in spans:
+        if has_kernel and to_q - from_q == 1:
+            continue
+        dtype = _product_dtype(query.dtype)
+        own_query = query[:, :, from_q:to_q].to(dtype)
+        own_key, own_value = (of[:, :, from_k:to_k].to(dtype) for of in (key, value))
+        mask = _mask(own_query, own_key, window, is_added=attend is not sdpa_attention_forward)
+        part, _ = attend(module, own_query, own_key, own_value, mask, sliding_window=window, **options)
+        output[:, from_q:to_q] = part
+    return output, None
+
+
+@functools.cache
+def _has_kernel(dtype: str, width: int) -> bool:
+    """Whether there is machine code for heads of `width` numbers of `dtype` here."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return False
+    from expertmesh.kernels.cpu_attention import attention_code
+
+    try:
+        attention_code(dtype, width)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which products of `dtype` are computed fastest here; never a narrower one."""
-    has_narrow = torch.cpu._is_avx512_bf16_supported() if dtype == torch.bfloat16 else dtype.itemsize > 2
+    has_narrow = torch.cpu._is_amx_tile_supported() if dtype == torch.bfloat16 else dtype.itemsize > 2
     return dtype if has_narrow else torch.float32
 
 

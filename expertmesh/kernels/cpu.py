@@ -281,7 +281,7 @@ def _panels_of_pairs() -> Arithmetic:
     def packed(w_NK: Tensor, b_N: Tensor | None) -> Matrix:
         return Matrix(pack_pairs(w_NK, b_N), None)
 
-    return replace(_panels(PAIRS), pack=packed)
+    return replace(_panels(PAIRS), dtype=torch.bfloat16, pack=packed)
 
 
 def _panels(form: str) -> Arithmetic:

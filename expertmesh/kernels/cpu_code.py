@@ -37,6 +37,7 @@ from expertmesh.kernels.cpu_ir import (
     divide_up,
     field,
     loop,
+    repeated,
     worker,
 )
 
@@ -285,7 +286,7 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
             for offset in range(0, count * vector_bytes, LINE_BYTES):
                 b.call(prefetch, [at(b, fetched, offset), *map(I32, how)])
             weights = form.read(b, at(b, lines, b.mul(k, I64(vectors * vector_bytes))), count)
-            x_ks = [_repeat(b, b.load(at(b, x_row, b.mul(k, I64(4))), typ=F32), sums_type) for x_row in x_rows]
+            x_ks = [repeated(b, b.load(at(b, x_row, b.mul(k, I64(4))), typ=F32), sums_type) for x_row in x_rows]
             factors = [(weight, x_k) for x_k in x_ks for weight in weights]
             return [form.multiply_add(b, *pair, one) for pair, one in zip(factors, sums, strict=True)]
 
@@ -307,10 +308,3 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
 def _load(b: ir.IRBuilder, base: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
     """A vector from within a panel, where all begin at multiples of 16 bytes."""
     return b.load(at(b, base, offset), typ=kind, align=16)
-
-
-def _repeat(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
-    """A vector of one number."""
-    undefined = ir.Constant(kind, ir.Undefined)
-    first = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
-    return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, first)

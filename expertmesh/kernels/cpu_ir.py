@@ -116,6 +116,22 @@ def at(b: ir.IRBuilder, base: ir.Value, offset: ir.Value | int) -> ir.Value:
     return b.gep(base, [I64(offset) if isinstance(offset, int) else offset], source_etype=I8)
 
 
+def repeated(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    """A vector of one number."""
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+    return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, first)
+
+
+def scratch(b: ir.IRBuilder, size: int) -> ir.Value:
+    """The address of as many float32 on the stack, for the whole function."""
+    with b.goto_entry_block():  # once: within a loop, each turn would take more of the stack
+        memory = b.alloca(ir.ArrayType(F32, size))
+    memory.align = 32
+    memory.type = POINTER  # llvmlite still gives it the old type
+    return memory
+
+
 def minimum(b: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
     return b.select(b.icmp_signed("<", left, right), left, right)
 

@@ -114,7 +114,7 @@ def _multiply(code: int, x_RK: Tensor, blocks: Sequence[_Block], y_RN: Tensor) -
         y=y_RN.data_ptr(),
         blocks=table.buffer_info()[0],
     )
-    _on_threads(code, call, num_threads)
+    on_threads(code, call, num_threads)
 
 
 class Ffn:
@@ -187,7 +187,7 @@ def make_rows(code: int, source: Tensor, target: Tensor, *, index: Tensor | None
         count=count,
         index=None if index is None else index.data_ptr(),
     )
-    _on_threads(code, rows, min(num_threads, -(-num_rows // chunk)))
+    on_threads(code, rows, min(num_threads, -(-num_rows // chunk)))
 
 
 def _filled(num_results: int) -> int:
@@ -208,7 +208,7 @@ def _parallel() -> Callable[..., None] | None:
     return entry
 
 
-def _on_threads(code: int, work: Work, num_threads: int) -> None:
+def on_threads(code: int, work: Work, num_threads: int) -> None:
     """Run the code on `work` to its end, on torch's own threads: others would contend with them for the cores."""
     function, address, parallel = _function(code), ctypes.addressof(work), _parallel()
     if num_threads == 1 or parallel is None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from expertmesh.kernels.spec import Activation
 
 LANES = 8
-_NEEDS = {"float32": frozenset({"avx2", "fma"}), "bfloat16": frozenset({"avx2", "fma"})}
-_NEEDS["float16"] = _NEEDS["float32"] | {"f16c"}
+NEEDS = {"float32": frozenset({"avx2", "fma"}), "bfloat16": frozenset({"avx2", "fma"})}
+NEEDS["float16"] = NEEDS["float32"] | {"f16c"}
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -215,7 +215,7 @@ _Compute = Callable[[Maths, ir.Value, ir.Value, ir.Value], ir.Value]
 
 
 def _code(read: str, written: str, compute: _Compute, *, indexed: bool = False) -> int:
-    needs = _NEEDS[read] | _NEEDS[written]
+    needs = NEEDS[read] | NEEDS[written]
     return int(compiled(_module(written, compute, indexed=indexed), needs).get_function_address("rows"))
 
 

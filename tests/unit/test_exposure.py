@@ -34,3 +34,9 @@ def test_what_lets_strangers_in_is_said_in_one_line_each(values: dict, http_host
 
 def test_by_default_nobody_but_this_machine_reaches_anything() -> None:
     assert MeshConfig().network.listen == "loopback"
+
+
+def test_what_serves_haproxy_shows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "8505")
+    assert "ports 8505 and 9101" in exposures(MeshConfig(), "127.0.0.1")[0]
