@@ -33,7 +33,6 @@ def over_http(folder: Path) -> Iterator[Decode]:
     logging.disable(logging.WARNING)
     values = {
         "model": str(folder),
-        "name": "model",
         "pools": [{"hosts": NUM_HOSTS, "cpus": 1, "memory": "4GiB"}],
         "experts": {"elastic": False},
         "router": {
