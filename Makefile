@@ -43,8 +43,9 @@ lint: $(INSTALLED)  ## mend what can be mended by itself
 
 bench: $(INSTALLED)  ## measure this machine
 	$(BIN)/expertmesh bench exchange
-	$(BIN)/expertmesh bench serve
-	$(BIN)/expertmesh bench elastic
+	$(BIN)/expertmesh bench kernel
+	$(BIN)/expertmesh bench decode --rounds 2 --streams 1 --streams 32
+	$(BIN)/expertmesh bench serve --seconds 20
 	$(BIN)/expertmesh bench balance
 	$(BIN)/expertmesh bench planner
 
