@@ -56,10 +56,13 @@ def worker(module: ir.Module, name: str, turn: Callable[[ir.IRBuilder, ir.Value,
     b.ret_void()
 
 
-def compiled(module: ir.Module, needs: frozenset[str]) -> binding.ExecutionEngine:
+def compiled(
+    module: ir.Module, needs: frozenset[str] = frozenset(), *, optimized: bool = False
+) -> binding.ExecutionEngine:
     """Its functions, as machine code for this processor, which lives as long as the process.
 
-    Raises RuntimeError on an x86 processor that lacks a feature of `needs`.
+    What is written with vectors, and in the order that is best, needs no optimisation but the selection of
+    instructions; loops over single numbers do. Raises RuntimeError on an x86 processor that lacks a feature of `needs`.
     """
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
@@ -68,9 +71,13 @@ def compiled(module: ir.Module, needs: frozenset[str]) -> binding.ExecutionEngin
     if target.name.startswith("x86") and (missing := needs - {name for name in features if features[name]}):
         raise RuntimeError(f"this processor lacks {', '.join(sorted(missing))}")
     machine = target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=2)
-    # What is built here needs no optimisation but the selection of instructions.
     parsed = binding.parse_assembly(str(module))
     parsed.verify()
+    if optimized:
+        options = binding.create_pipeline_tuning_options(speed_level=3)
+        options.loop_vectorization = True
+        passes = binding.create_pass_builder(machine, options)
+        passes.getModulePassManager().run(parsed, passes)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
     _engines.append(engine)

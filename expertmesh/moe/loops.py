@@ -15,16 +15,16 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llvmlite import binding, ir
+from llvmlite import ir
+
+from expertmesh.kernels.cpu_ir import I8, I16, I32, I64, POINTER, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_POINTER = ir.PointerType()
-_ZERO, _ONE = _I64(0), _I64(1)
+_ZERO, _ONE = I64(0), I64(1)
 
 
 class Loops(NamedTuple):
@@ -62,24 +62,11 @@ def address(array: NDArray[Any]) -> int:
 @functools.cache
 def loops() -> Loops:
     """Compiled once per process, in about 0.1 s."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3)
     source = ir.Module("loops")
     _group(source)
-    _keep(source, "keep_16", _I16)
-    _keep(source, "keep_32", _I32)
-    module = binding.parse_assembly(str(source))
-    module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = True
-    passes = binding.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(module, passes)
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    _engines.append(engine)
+    _keep(source, "keep_16", I16)
+    _keep(source, "keep_32", I32)
+    engine = compiled(source, optimized=True)
 
     def function(name: str) -> Callable[..., int]:
         kinds = [ctypes.c_int64] * (1 + len(source.globals[name].args))
@@ -89,15 +76,11 @@ def loops() -> Loops:
     return Loops(*map(function, Loops._fields))
 
 
-_engines: list[binding.ExecutionEngine] = []
-"""The code lives as long as its engine."""
-
-
 class _Builder:
     """Builds one function of int64s."""
 
     def __init__(self, module: ir.Module, name: str, num_arguments: int) -> None:
-        function = ir.Function(module, ir.FunctionType(_I64, [_I64] * num_arguments), name)
+        function = ir.Function(module, ir.FunctionType(I64, [I64] * num_arguments), name)
         self.b = ir.IRBuilder(function.append_basic_block())
         self.arguments = function.args
 
@@ -114,7 +97,7 @@ class _Builder:
         before, head, body, after = b.block, *(b.append_basic_block() for _ in range(3))
         b.branch(head)
         b.position_at_end(head)
-        i = b.phi(_I64)
+        i = b.phi(I64)
         i.add_incoming(_ZERO, before)
         b.cbranch(b.icmp_signed("<", i, end), body, after)
         b.position_at_end(body)
@@ -156,21 +139,21 @@ class _Words:
         self._b = b
         self.address = address
 
-    def _at(self, i: ir.Value, kind: ir.Type = _I64) -> ir.Value:
-        return self._b.gep(self._b.inttoptr(self.address, _POINTER), [i], source_etype=kind)
+    def _at(self, i: ir.Value, kind: ir.Type = I64) -> ir.Value:
+        return self._b.gep(self._b.inttoptr(self.address, POINTER), [i], source_etype=kind)
 
     def __getitem__(self, i: ir.Value) -> ir.Value:
-        return self._b.load(self._at(i), typ=_I64)
+        return self._b.load(self._at(i), typ=I64)
 
     def __setitem__(self, i: ir.Value, value: ir.Value) -> None:
         self._b.store(value, self._at(i))
 
     def set_half(self, i: ir.Value, value: ir.Value) -> None:
         """The i-th int32."""
-        self._b.store(self._b.trunc(value, _I32), self._at(i, _I32))
+        self._b.store(self._b.trunc(value, I32), self._at(i, I32))
 
     def from_(self, i: ir.Value) -> _Words:
-        return _Words(self._b, self._b.ptrtoint(self._at(i), _I64))
+        return _Words(self._b, self._b.ptrtoint(self._at(i), I64))
 
     def add(self, i: ir.Value, value: ir.Value) -> ir.Value:
         """Add to a word: what it was before."""
@@ -202,8 +185,8 @@ def _group(module: ir.Module) -> None:
     out_tokens = out_pairs.from_(n)
     out_rows = out_tokens.from_(n)
     out_parts = out_rows.from_(n)
-    out_runs = out_parts.from_(b.mul(num_hosts, _I64(4)))
-    bucket_n = out_runs.from_(b.mul(num_runs_most, _I64(2)))
+    out_runs = out_parts.from_(b.mul(num_hosts, I64(4)))
+    bucket_n = out_runs.from_(b.mul(num_runs_most, I64(2)))
     row_n = bucket_n.from_(n)
     next_B = row_n.from_(n)
     token_H = next_B.from_(num_buckets)
@@ -212,7 +195,7 @@ def _group(module: ir.Module) -> None:
     with f.each(num_buckets) as i:
         next_B[i] = _ZERO
     with f.each(num_hosts) as h:
-        token_H[h] = _I64(-1)
+        token_H[h] = I64(-1)
         rows_H[h] = _ZERO
 
     # Which bucket each pair is for, and which of its host's rows its token's is.
@@ -220,7 +203,7 @@ def _group(module: ir.Module) -> None:
         pair = pairs[i]
         expert = experts[pair]
         with b.if_then(b.icmp_unsigned(">=", expert, num_experts), likely=False):
-            b.ret(b.sub(_I64(-1), i))
+            b.ret(b.sub(I64(-1), i))
         replica = f.variable(b.mul(expert, most))
         with b.if_then(b.icmp_signed(">", most, _ONE)):
             looking, found = b.append_basic_block(), b.append_basic_block()
@@ -231,10 +214,10 @@ def _group(module: ir.Module) -> None:
             replica.value = b.select(b.icmp_signed(">", left, _ZERO), here, b.add(here, _ONE))
             b.cbranch(b.icmp_signed(">", left, _ZERO), found, looking)
             b.position_at_end(found)
-            counts.add(replica.value, _I64(-1))
+            counts.add(replica.value, I64(-1))
         bucket = buckets[replica.value]
         with b.if_then(b.icmp_signed("<", bucket, _ZERO), likely=False):
-            b.ret(b.sub(_I64(-1), i))
+            b.ret(b.sub(I64(-1), i))
         bucket_n[i] = bucket
         next_B.add(bucket, _ONE)
         host, token = hosts[bucket], b.udiv(pair, num_choices)
@@ -245,7 +228,7 @@ def _group(module: ir.Module) -> None:
 
     # Where each bucket begins; what each host gets.
     num_parts, num_runs, num_pairs, num_tokens = (f.variable(_ZERO) for _ in range(4))
-    last_host = f.variable(_I64(-1))
+    last_host = f.variable(I64(-1))
     with f.each(num_buckets) as bucket:
         size = next_B[bucket]
         next_B[bucket] = num_pairs.value
@@ -255,13 +238,13 @@ def _group(module: ir.Module) -> None:
                 last_host.value = host
                 num_parts.add(_ONE)
                 token_H[host] = num_tokens.add(rows_H[host])
-            run = b.mul(num_runs.add(_ONE), _I64(2))
+            run = b.mul(num_runs.add(_ONE), I64(2))
             out_runs[run] = bucket
             out_runs[b.add(run, _ONE)] = size
             num_pairs.add(size)
-            part = out_parts.from_(b.mul(b.sub(num_parts.value, _ONE), _I64(4)))
+            part = out_parts.from_(b.mul(b.sub(num_parts.value, _ONE), I64(4)))
             for at, value in enumerate((host, num_pairs.value, num_tokens.value, num_runs.value)):
-                part[_I64(at)] = value
+                part[I64(at)] = value
 
     with f.each(n) as i:
         bucket, pair, row = bucket_n[i], pairs[i], row_n[i]
@@ -277,15 +260,15 @@ def _keep(module: ir.Module, name: str, kind: ir.IntType) -> None:
     b = f.b
     n, hidden, special_word, rows_at, pairs_at, y_at = f.arguments
     special = b.trunc(special_word, kind)
-    row_bytes = b.mul(hidden, _I64(kind.width // 8))
-    has_special = f.variable(_I8(0))
+    row_bytes = b.mul(hidden, I64(kind.width // 8))
+    has_special = f.variable(I8(0))
     pairs = f.words(pairs_at)
     with f.each(n) as i:
-        source = b.inttoptr(b.add(rows_at, b.mul(i, row_bytes)), _POINTER)
-        target = b.inttoptr(b.add(y_at, b.mul(pairs[i], row_bytes)), _POINTER)
+        source = b.inttoptr(b.add(rows_at, b.mul(i, row_bytes)), POINTER)
+        target = b.inttoptr(b.add(y_at, b.mul(pairs[i], row_bytes)), POINTER)
         with f.each(hidden) as k:
             number = b.load(b.gep(source, [k], source_etype=kind), typ=kind, align=1)
             b.store(number, b.gep(target, [k], source_etype=kind), align=1)
-            is_special = b.zext(b.icmp_unsigned("==", b.and_(number, special), special), _I8)
+            is_special = b.zext(b.icmp_unsigned("==", b.and_(number, special), special), I8)
             has_special.value = b.or_(has_special.value, is_special)
-    b.ret(b.zext(has_special.value, _I64))
+    b.ret(b.zext(has_special.value, I64))
