@@ -60,6 +60,7 @@ def run(*, clients: int, seconds: float, tokens: int, port: int, report: Callabl
         after = footprint()
         report(Progress(phase="stopping"))
     left = footprint()
+    told = "RAY_SERVE_ENABLE_HA_PROXY=1 " if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else ""
     return {
         "bench": "serve",
         "clients": clients,
@@ -77,7 +78,7 @@ def run(*, clients: int, seconds: float, tokens: int, port: int, report: Callabl
             "descriptors": after.descriptors - before.descriptors,
         },
         "left_behind": left.processes,
-        "environment": environment(f"expertmesh bench serve --clients {clients} --seconds {seconds:g} --json"),
+        "environment": environment(f"{told}expertmesh bench serve --clients {clients} --seconds {seconds:g} --json"),
     }
 
 

@@ -6,7 +6,10 @@ import json
 import subprocess
 
 import pytest
+from transformers import OlmoeConfig
 
+from expertmesh.bench import decode
+from expertmesh.bench.decode_model import SHAPES, Shape
 from tests.integration.served import command_line, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
@@ -37,3 +40,27 @@ def test_the_exchange_is_compared_with_both_baselines_in_one_run() -> None:
     assert report["exchange_over_grpc_over_exchange"]["median"] > 1
     assert list(report["by_hosts"]["each_further_host"]) == ["2"]
     assert report["environment"]["command"] == "expertmesh bench exchange --rounds 4 --most-hosts 2 --json"
+
+
+SMALL = Shape(
+    description="small",
+    config_class=OlmoeConfig,
+    options={
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+)
+
+
+def test_every_side_that_is_there_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "small", SMALL)
+    report = decode.run(shape="small", streams=[2], rounds=1, tokens=6, report=lambda progress: None)
+    (row,) = report["streams"]
+    sides = {decode.OURS, decode.HTTP, decode.CONTINUOUS, decode.PLAIN}
+    assert set(row["tokens_per_second"]) | set(report["left_out"]) == sides | {decode.LLAMA}
+    assert all(spread["median"] > 0 for spread in row["tokens_per_second"].values())
