@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from expertmesh.config import MeshConfig
 
 
+HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+"""The variable that has Serve put HAProxy before the gateway, in place of its own proxy, when it is 1."""
+
+
 def exposures(mesh: MeshConfig, http_host: str) -> list[str]:
     """One line for each. `http_host` is where the gateway listens."""
     found = []
@@ -23,7 +27,7 @@ def exposures(mesh: MeshConfig, http_host: str) -> list[str]:
             f"gateway: HTTP listens at {http_host}, and whoever reaches it may use the model; `expertmesh key NAME` "
             "draws a key for gateway.api_keys"
         )
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    if os.environ.get(HAPROXY_SWITCH) == "1":
         ports = [
             os.environ.get("RAY_SERVE_HAPROXY_STATS_PORT", "8404"),
             os.environ.get("RAY_SERVE_HAPROXY_METRICS_PORT", "9101"),

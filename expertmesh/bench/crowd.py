@@ -13,12 +13,12 @@ import multiprocessing
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from multiprocessing.connection import Connection
 
 
@@ -153,14 +153,11 @@ async def _listen(http: httpx.AsyncClient, answer: Answer, tokens: int, model: s
             if response.status_code != 200:
                 answer.error = f"{response.status_code}: {(await response.aread()).decode()[:200]}"
                 return
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
+            async for chunk in chunks(response):
                 if "error" in chunk:
                     answer.error = str(chunk["error"])
                     return
-                ids = [i for choice in chunk["choices"] for i in choice.get("token_ids") or ()]
+                ids = token_ids(chunk)
                 answer.token_ids += ids
                 answer.times_s += [time.perf_counter()] * len(ids)
     except httpx.HTTPError as error:
@@ -168,6 +165,18 @@ async def _listen(http: httpx.AsyncClient, answer: Answer, tokens: int, model: s
         return
     if len(answer.token_ids) != tokens:
         answer.error = f"{len(answer.token_ids)} tokens came instead of {tokens}"
+
+
+async def chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """What a streamed completion says, piece by piece; an error too."""
+    async for line in response.aiter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def token_ids(chunk: dict[str, Any]) -> list[int]:
+    """The new tokens of a piece that is no error."""
+    return [token_id for choice in chunk["choices"] for token_id in choice.get("token_ids") or ()]
 
 
 def undisturbed(url: str, prompts: Sequence[str], tokens: int, *, model: str = "tiny") -> dict[str, list[int]]:

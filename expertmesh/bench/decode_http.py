@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import socket
 import time
 from typing import TYPE_CHECKING
 
 import httpx
 
+from expertmesh.bench.crowd import chunks, token_ids
 from expertmesh.bench.decode_sides import MAX_BATCH_TOKENS, MAX_CONTEXT, MAX_REQUESTS, NUM_HOSTS, Decode, pace
+from expertmesh.bench.measure import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def over_http(folder: Path) -> Iterator[Decode]:
         },
     }
     file = ServeFile(serve={}, app_name="decode", route_prefix="/", mesh=parse_config(values, "bench decode"))
-    with deployed(file, port=_free_port(), report=lambda progress: None) as url:
+    with deployed(file, port=free_port(), report=lambda progress: None) as url:
         yield lambda prompts, num_tokens: asyncio.run(_decode(url, prompts, num_tokens))
 
 
@@ -61,16 +61,7 @@ async def _stream(http: httpx.AsyncClient, prompt: list[int], num_tokens: int, s
     stamps: list[float] = []
     async with http.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-                stamps += [time.perf_counter()] * len(choice.get("token_ids") or ())
+        async for chunk in chunks(answer):
+            stamps += [time.perf_counter()] * len(token_ids(chunk))
     assert len(stamps) == num_tokens, f"{len(stamps)} tokens came instead of {num_tokens}"
     return stamps
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -7,6 +7,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import threading
@@ -116,6 +117,13 @@ def alternate(sides: Mapping[str, Side], *, rounds: int, calls: int) -> dict[str
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """The ratio of two sides, round by round."""
     return Spread.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def free_port() -> int:
+    """One that nobody listens at on this machine, now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ processes' memory, threads and file descriptors under load, and processes after 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from expertmesh.bench.crowd import chunks, token_ids
 from expertmesh.bench.measure import environment
 from expertmesh.deploy import deployed, for_model
+from expertmesh.exposure import HAPROXY_SWITCH
 from expertmesh.models import DOMAINS, heldout
 from expertmesh.progress import Progress
 
@@ -60,7 +61,7 @@ def run(*, clients: int, seconds: float, tokens: int, port: int, report: Callabl
         after = footprint()
         report(Progress(phase="stopping"))
     left = footprint()
-    told = "RAY_SERVE_ENABLE_HA_PROXY=1 " if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else ""
+    told = f"{HAPROXY_SWITCH}=1 " if os.environ.get(HAPROXY_SWITCH) == "1" else ""
     return {
         "bench": "serve",
         "clients": clients,
@@ -114,14 +115,11 @@ async def _request(http: httpx.AsyncClient, prompt: str, tokens: int, seed: int,
             if answer.status_code != 200:
                 outcome.errors.append(f"{answer.status_code}: {(await answer.aread()).decode()[:200]}")
                 return
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
+            async for chunk in chunks(answer):
                 if "error" in chunk:
                     outcome.errors.append(str(chunk["error"]))
                     return
-                count = sum(len(choice.get("token_ids") or ()) for choice in chunk["choices"])
+                count = len(token_ids(chunk))
                 if not count:
                     continue
                 now = time.perf_counter()

@@ -13,7 +13,6 @@ Shapes: Q new tokens of all requests, S cached and new tokens of all requests, G
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from expertmesh.kernels.cpu import has_llvm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,24 +60,24 @@ def _attend(
     # Not every model passes its window: some only have it in the mask, which takes no account of the cache.
     window = getattr(cache.layer_to_allocator[module.layer_idx], "sliding_window", None)
     spans = list(zip(pairwise(ends_q), pairwise(ends_k), strict=True))
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     # The kernel knows no more than plain attention does.
     is_plain = attend is sdpa_attention_forward and options.get("position_bias") is None
-    has_kernel = is_plain and _has_kernel(str(query.dtype).removeprefix("torch."), query.shape[-1])
-    alone = [(q, k, to_k) for (q, to_q), (k, to_k) in spans if to_q - q == 1] if has_kernel else []
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-    if alone:
-        from expertmesh.kernels.cpu_attention import attend as attend_alone
-
-        rows = [(q, k if window is None else max(k, to_k - window), to_k) for q, k, to_k in alone]
-        scale = options.get("scaling") or query.shape[-1] ** -0.5
-        together = attend_alone(query[0], key[0], value[0], rows, scale)
-        if len(alone) == query.shape[2]:
-            return together.unsqueeze(0), None
-        output[0, [q for q, *_ in alone]] = together
+    if is_plain and (kernel := _kernel(query.dtype, query.shape[-1])) is not None:
+        rows = [
+            (from_q, from_k if window is None else max(from_k, to_k - window), to_k)
+            for (from_q, to_q), (from_k, to_k) in spans
+            if to_q - from_q == 1
+        ]
+        if rows:
+            scale = options.get("scaling") or query.shape[-1] ** -0.5
+            together = kernel(query[0], key[0], value[0], rows, scale)
+            if len(rows) == query.shape[2]:
+                return together.unsqueeze(0), None
+            output[0, [from_q for from_q, *_ in rows]] = together
+            spans = [span for span in spans if span[0][1] - span[0][0] > 1]
+    dtype = _product_dtype(query.dtype)
     for (from_q, to_q), (from_k, to_k) in spans:
-        if has_kernel and to_q - from_q == 1:
-            continue
-        dtype = _product_dtype(query.dtype)
         own_query = query[:, :, from_q:to_q].to(dtype)
         own_key, own_value = (of[:, :, from_k:to_k].to(dtype) for of in (key, value))
         mask = _mask(own_query, own_key, window, is_added=attend is not sdpa_attention_forward)
@@ -86,17 +87,17 @@ def _attend(
 
 
 @functools.cache
-def _has_kernel(dtype: str, width: int) -> bool:
-    """Whether there is machine code for heads of `width` numbers of `dtype` here."""
-    if importlib.util.find_spec("llvmlite") is None:
-        return False
-    from expertmesh.kernels.cpu_attention import attention_code
+def _kernel(dtype: torch.dtype, width: int) -> Callable[..., torch.Tensor] | None:
+    """`cpu_attention.attend`, if it has machine code here for heads of `width` numbers of `dtype`."""
+    if not has_llvm():
+        return None
+    from expertmesh.kernels import cpu_attention
 
     try:
-        attention_code(dtype, width)
+        cpu_attention.attention_code(dtype, width)
     except RuntimeError:
-        return False
-    return True
+        return None
+    return cpu_attention.attend
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:

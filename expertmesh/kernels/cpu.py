@@ -218,18 +218,22 @@ def _moved(expert: Expert, memory: Tensor) -> Expert:
     return Matrix(into.copy_(w_in), None), Matrix(out_of.copy_(w_out), None)
 
 
+def has_llvm() -> bool:
+    """Whether machine code of our own can be made here."""
+    return importlib.util.find_spec("llvmlite") is not None
+
+
 def _preferred(spec: ExpertSpec) -> Iterator[Arithmetic]:
-    has_llvm = importlib.util.find_spec("llvmlite") is not None
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if spec.portable:
-        _check_portable(spec, has_llvm=has_llvm)
+        _check_portable(spec)
         yield from _by_ieee_rules(spec)
         return
     in_bfloat16 = spec.dtype == "bfloat16" and spec.format.is_dense
     # Units for bfloat16 matrices do an order more than float32 can in prompts' large products.
     if has_onednn and in_bfloat16 and torch.cpu._is_amx_tile_supported():
         yield _prepacked("bfloat16")
-    if has_llvm:
+    if has_llvm():
         if in_bfloat16 and torch.cpu._is_avx512_bf16_supported():
             yield _panels_of_pairs()
         yield from _by_ieee_rules(spec)
@@ -254,9 +258,9 @@ def _by_ieee_rules(spec: ExpertSpec) -> Iterator[Arithmetic]:
     yield _panels("float32")
 
 
-def _check_portable(spec: ExpertSpec, *, has_llvm: bool) -> None:
+def _check_portable(spec: ExpertSpec) -> None:
     """Raises ConfigError if a library would compute any of it: none says how it rounds."""
-    if not has_llvm:
+    if not has_llvm():
         raise ConfigError("experts.portable: hosts need llvmlite for it; install it (pip install llvmlite)")
     from expertmesh.kernels.cpu_row_code import activation_code
 

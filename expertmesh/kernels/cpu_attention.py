@@ -25,6 +25,7 @@ from expertmesh.kernels.cpu_ir import (
     F32,
     I32,
     I64,
+    LANES,
     POINTER,
     Work,
     at,
@@ -38,7 +39,7 @@ from expertmesh.kernels.cpu_ir import (
     worker,
 )
 from expertmesh.kernels.cpu_panels import on_threads
-from expertmesh.kernels.cpu_row_code import LANES, NEEDS, Maths
+from expertmesh.kernels.cpu_row_code import ITEMSIZE, NEEDS, Maths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,7 +82,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[tuple[int, 
     `attention_code` does.
     """
     num_heads, _, width = query.shape
-    code = attention_code(str(query.dtype).removeprefix("torch."), width)
+    assert all(tensor.stride(2) == 1 for tensor in (query, key, value)), "the numbers of a head must lie side by side"
+    code = attention_code(query.dtype, width)
     out = query.new_empty(len(rows), num_heads, width)
     table = array("q", [number for row in rows for number in row])
     num_threads = torch.get_num_threads()
@@ -112,14 +114,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[tuple[int, 
 
 
 @functools.cache
-def attention_code(dtype: str, width: int) -> int:
+def attention_code(dtype: torch.dtype, width: int) -> int:
     """`void (Attend *)` for heads of `width` numbers of `dtype`: the code's address. Compiled once per process.
 
     Raises RuntimeError for a width that vectors do not divide, and as `cpu_ir.compiled`.
     """
     if width % LANES:
         raise RuntimeError(f"a head of {width} is not made of vectors of {LANES}")
-    return int(compiled(_module(dtype, width), NEEDS[dtype]).get_function_address("attend"))
+    name = str(dtype).removeprefix("torch.")
+    return int(compiled(_module(name, width), NEEDS[name]).get_function_address("attend"))
 
 
 def _module(dtype: str, width: int) -> ir.Module:
@@ -144,8 +147,7 @@ class _Head:
         self._query_row = self._place(work, "query", head, token)
         self._keys, self._values = (self._place(work, name, b.udiv(head, sharing), I64(0)) for name in ("key", "value"))
         self._key_step, self._value_step = (field(b, work, Attend, f"{name}_token") for name in ("key", "value"))
-        itemsize = {"float32": 4}.get(dtype, 2)
-        self._out = at(b, field(b, work, Attend, "out", POINTER), b.mul(number, I64(width * itemsize)))
+        self._out = at(b, field(b, work, Attend, "out", POINTER), b.mul(number, I64(width * ITEMSIZE[dtype])))
         self._scale = self._repeat(field(b, work, Attend, "scale", F32))
 
     def _place(self, work: ir.Value, name: str, head: ir.Value, token: ir.Value) -> ir.Value:

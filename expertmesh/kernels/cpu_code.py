@@ -30,12 +30,15 @@ from expertmesh.kernels.cpu_ir import (
     I8,
     I32,
     I64,
+    LANES,
     POINTER,
     Work,
     at,
     compiled,
     divide_up,
     field,
+    fma,
+    intrinsic,
     loop,
     repeated,
     worker,
@@ -46,8 +49,6 @@ if TYPE_CHECKING:
 
 COLUMNS = 32
 """Of a panel: a line of 2-byte weights is one cache line."""
-LANES = 8
-"""Of a vector of float32, unless a format says otherwise."""
 PAIRS = "bfloat16 pairs"
 """The format of bfloat16 weights that are multiplied two by two, with rows of bfloat16."""
 NEAR_ROWS = 3
@@ -158,28 +159,18 @@ def _read_pairs(b: ir.IRBuilder, address: ir.Value, count: int) -> list[ir.Value
     return [_load(b, address, v * 64, _WIDE_PAIRS) for v in range(count)]
 
 
-def _fma(b: ir.IRBuilder, weights: ir.Value, x: ir.Value, sums: ir.Value) -> ir.Value:
-    return b.call(_function(b, f"llvm.fma.v{LANES}f32", [_VECTOR] * 3, _VECTOR), [weights, x, sums])
-
-
 def _dot_of_pairs(b: ir.IRBuilder, weights: ir.Value, x: ir.Value, sums: ir.Value) -> ir.Value:
-    dot = _function(b, "llvm.x86.avx512bf16.dpbf16ps.512", [_WIDE, _WIDE_PAIRS, _WIDE_PAIRS], _WIDE)
+    dot = intrinsic(b, "llvm.x86.avx512bf16.dpbf16ps.512", [_WIDE, _WIDE_PAIRS, _WIDE_PAIRS], _WIDE)
     return b.call(dot, [sums, b.bitcast(x, _WIDE_PAIRS), weights])
-
-
-def _function(b: ir.IRBuilder, name: str, kinds: Sequence[ir.Type], result: ir.Type) -> ir.Function:
-    """LLVM's own of that name."""
-    known = b.module.globals.get(name)
-    return known if known is not None else ir.Function(b.module, ir.FunctionType(result, kinds), name)
 
 
 _FMA = frozenset({"avx2", "fma"})
 FORMATS = {
-    "float32": Format(itemsize=4, read=_read_float32, multiply_add=_fma, needs=_FMA),
-    "bfloat16": Format(itemsize=2, read=_read_bfloat16, multiply_add=_fma, needs=_FMA),
-    "float16": Format(itemsize=2, read=_read_float16, multiply_add=_fma, needs=_FMA | {"f16c"}),
-    "int8": Format(itemsize=1, read=_read_int8, multiply_add=_fma, needs=_FMA, scaled=True),
-    "fp8": Format(itemsize=1, read=_read_fp8, multiply_add=_fma, needs=_FMA, scaled=True),
+    "float32": Format(itemsize=4, read=_read_float32, multiply_add=fma, needs=_FMA),
+    "bfloat16": Format(itemsize=2, read=_read_bfloat16, multiply_add=fma, needs=_FMA),
+    "float16": Format(itemsize=2, read=_read_float16, multiply_add=fma, needs=_FMA | {"f16c"}),
+    "int8": Format(itemsize=1, read=_read_int8, multiply_add=fma, needs=_FMA, scaled=True),
+    "fp8": Format(itemsize=1, read=_read_fp8, multiply_add=fma, needs=_FMA, scaled=True),
     PAIRS: Format(
         itemsize=4,
         read=_read_pairs,
@@ -267,7 +258,7 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
     count = vectors if num_rows <= form.whole_panel_rows else vectors // 2
     vector_bytes = form.lanes * form.itemsize
     sums_type = ir.VectorType(F32, form.lanes)
-    prefetch = _function(b, _PREFETCH, [POINTER, I32, I32, I32], ir.VoidType())
+    prefetch = intrinsic(b, _PREFETCH, [POINTER, I32, I32, I32], ir.VoidType())
     for start in range(0, vectors, count):
         lines = at(b, panel, form.head_bytes + start * vector_bytes)
         if num_rows <= NEAR_ROWS:
@@ -297,7 +288,7 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
         if form.scaled:
             scales = [_load(b, panel, 4 * (COLUMNS + column), sums_type) for column in columns]
             terms = zip(sums, scales * num_rows, biases * num_rows, strict=True)
-            sums = [_fma(b, one, scale, bias) for one, scale, bias in terms]
+            sums = [fma(b, one, scale, bias) for one, scale, bias in terms]
         targets = [at(b, y_row, 4 * column) for y_row in y_rows for column in columns]
         for one, target in zip(sums, targets, strict=True):
             b.store(one, target, align=4)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 POINTER = ir.PointerType()
+LANES = 8
+"""Of a vector of float32, where nothing else is said."""
 
 
 class Work(ctypes.Structure):
@@ -121,6 +123,18 @@ def field(b: ir.IRBuilder, base: ir.Value, of: type[ctypes.Structure], name: str
 def at(b: ir.IRBuilder, base: ir.Value, offset: ir.Value | int) -> ir.Value:
     """The address that many bytes on."""
     return b.gep(base, [I64(offset) if isinstance(offset, int) else offset], source_etype=I8)
+
+
+def intrinsic(b: ir.IRBuilder, name: str, kinds: Sequence[ir.Type], result: ir.Type) -> ir.Function:
+    """LLVM's own function of that name."""
+    known = b.module.globals.get(name)
+    return known if known is not None else ir.Function(b.module, ir.FunctionType(result, kinds), name)
+
+
+def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x * y + z, rounded once: of float32, or of vectors of them."""
+    name = f"llvm.fma.v{x.type.count}f32" if isinstance(x.type, ir.VectorType) else "llvm.fma.f32"
+    return b.call(intrinsic(b, name, [x.type] * 3, x.type), [x, y, z])
 
 
 def repeated(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from expertmesh.allocator import huge_pages
 from expertmesh.kernels.activation import activate
 from expertmesh.kernels.blocks import MAX_PAIRS, runs
-from expertmesh.kernels.cpu_code import COLUMNS, LANES, PAIRS, Call, product_code
+from expertmesh.kernels.cpu_code import COLUMNS, PAIRS, Call, product_code
+from expertmesh.kernels.cpu_ir import LANES
 from expertmesh.kernels.cpu_row_code import Rows, activation_code, gather_code, round_code
 
 if TYPE_CHECKING:
@@ -46,31 +47,34 @@ HEAD_BYTES = 4 * COLUMNS
 
 def pack(dtype: torch.dtype, w_NK: Tensor, b_N: Tensor | None) -> Tensor:
     """Panels of weights in `dtype`, which must hold them exactly; the last one is filled with zeros."""
-    num_results, depth = w_NK.shape
-    num_panels = -(-num_results // COLUMNS)
-    missing = num_panels * COLUMNS - num_results
-    w = F.pad(w_NK.to(dtype), (0, 0, 0, missing)).view(num_panels, COLUMNS, depth).transpose(1, 2)
+    lines = _lines(w_NK.to(dtype))
     if dtype == torch.bfloat16:
-        w = w.reshape(num_panels, depth, -1, 2, LANES).transpose(-1, -2)
-    return torch.cat([_head(b_N, num_results), w.contiguous().view(torch.uint8).view(num_panels, -1)], dim=1)
+        lines = lines.reshape(*lines.shape[:2], -1, 2, LANES).transpose(-1, -2)
+    return _panels(len(w_NK), [b_N], lines)
 
 
 def pack_pairs(w_NK: Tensor, b_N: Tensor | None) -> Tensor:
     """Panels of bfloat16 weights two by two, an odd last one with a zero."""
-    num_results, depth = w_NK.shape
-    num_panels = -(-num_results // COLUMNS)
-    w = F.pad(w_NK.to(torch.bfloat16), (0, depth % 2, 0, num_panels * COLUMNS - num_results))
-    w = w.view(num_panels, COLUMNS, -1, 2).transpose(1, 2).contiguous()
-    return torch.cat([_head(b_N, num_results), w.view(torch.uint8).view(num_panels, -1)], dim=1)
+    lines = _lines(F.pad(w_NK.to(torch.bfloat16), (0, w_NK.shape[1] % 2)))
+    pairs = lines.reshape(len(lines), -1, 2, COLUMNS).transpose(-1, -2)
+    return _panels(len(w_NK), [b_N], pairs)
 
 
 def pack_codes(codes_NK: Tensor, s_N: Tensor, b_N: Tensor | None) -> Tensor:
     """Panels of codes of one byte, which each row's scale turns into its weights."""
-    num_results, depth = codes_NK.shape
-    num_panels = -(-num_results // COLUMNS)
-    codes = F.pad(codes_NK.view(torch.uint8), (0, 0, 0, num_panels * COLUMNS - num_results))
-    lines = codes.view(num_panels, COLUMNS, depth).transpose(1, 2).reshape(num_panels, -1)
-    return torch.cat([_head(b_N, num_results), _head(s_N, num_results), lines], dim=1)
+    return _panels(len(codes_NK), [b_N, s_N], _lines(codes_NK.view(torch.uint8)))
+
+
+def _lines(w_NK: Tensor) -> Tensor:
+    """[panels, K, COLUMNS], where the columns that fill the last panel up are zeros."""
+    num_results, depth = w_NK.shape
+    return F.pad(w_NK, (0, 0, 0, -num_results % COLUMNS)).view(-1, COLUMNS, depth).transpose(1, 2)
+
+
+def _panels(num_results: int, heads: Sequence[Tensor | None], lines: Tensor) -> Tensor:
+    """[panels, bytes]: what each begins with, and its lines."""
+    parts = [_head(values_N, num_results) for values_N in heads]
+    return torch.cat([*parts, lines.contiguous().view(torch.uint8).view(len(lines), -1)], dim=1)
 
 
 def _head(values_N: Tensor | None, num_results: int) -> Tensor:

@@ -17,17 +17,31 @@ from typing import TYPE_CHECKING
 
 from llvmlite import ir
 
-from expertmesh.kernels.cpu_ir import F16, F32, I16, I32, I64, POINTER, Work, at, compiled, field, loop, worker
+from expertmesh.kernels.cpu_ir import (
+    F16,
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    POINTER,
+    Work,
+    at,
+    compiled,
+    field,
+    fma,
+    loop,
+    worker,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from expertmesh.kernels.spec import Activation
 
-LANES = 8
 NEEDS = {"float32": frozenset({"avx2", "fma"}), "bfloat16": frozenset({"avx2", "fma"})}
 NEEDS["float16"] = NEEDS["float32"] | {"f16c"}
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Rows(Work):
@@ -57,11 +71,7 @@ class Maths:
         return ir.Constant(self.of(element), value if self.lanes == 1 else [value] * self.lanes)
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        name = "llvm.fma.f32" if self.lanes == 1 else f"llvm.fma.v{self.lanes}f32"
-        functions = self.b.module.globals
-        if name not in functions:
-            ir.Function(self.b.module, ir.FunctionType(x.type, [x.type] * 3), name)
-        return self.b.call(functions[name], [x, y, z])
+        return fma(self.b, x, y, z)
 
     def times(self, x: ir.Value, factor: float) -> ir.Value:
         return self.b.fmul(x, self.constant(factor))
@@ -124,7 +134,7 @@ class Maths:
 
     def load(self, dtype: str, row: ir.Value, e: ir.Value) -> ir.Value:
         """The elements of a row from `e` on, as float32."""
-        align = _ITEMSIZE[dtype]
+        align = ITEMSIZE[dtype]
         address = at(self.b, row, self.b.mul(e, I64(align)))
         if dtype == "bfloat16":
             bits = self.b.zext(self.b.load(address, typ=self.of(I16), align=align), self.of(I32))
@@ -135,7 +145,7 @@ class Maths:
 
     def store(self, dtype: str, x: ir.Value, row: ir.Value, e: ir.Value) -> None:
         """Rounded to nearest, and to even between two."""
-        align = _ITEMSIZE[dtype]
+        align = ITEMSIZE[dtype]
         if dtype == "bfloat16":
             x = self._rounded_to_bfloat16(x)
         elif dtype == "float16":

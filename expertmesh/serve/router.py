@@ -79,12 +79,12 @@ class Router:
             kind=section.engine,
             gates=gates,
         )
-        self._engine.after_events(self._wake)
         self._heard: deque[tuple[Outbox, TokenEvent]] = deque()
         """By the engine's thread, and not yet put into outboxes."""
         self._outboxes: dict[str, Outbox] = {}
         """By gateway, while it waits for answers."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._engine.after_events(self._wake)
 
     def on_doubt(self, tell: Callable[[Doubt], object]) -> None:
         """Have `tell` called, on the engine's thread, with every doubt about a replica."""

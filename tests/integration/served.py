@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from expertmesh.bench.measure import free_port
 
 START_S = 240.0
 
@@ -49,12 +50,6 @@ class Served:
             pause.wait(0.1)
             if (now := self.rows()) != rows:
                 rows, since = now, time.monotonic()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

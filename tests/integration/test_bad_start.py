@@ -15,13 +15,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from expertmesh.bench.measure import free_port
 from expertmesh.checkpoint.index import index_checkpoint
 from expertmesh.clock import SYSTEM_CLOCK
 from expertmesh.config import MeshConfig, PoolSection
 from expertmesh.control.controller import Controller
 from expertmesh.testing.processes import ProcessCluster
 from expertmesh.transport.grpc_control import GrpcHostControl
-from tests.integration.served import command_line, free_port
+from tests.integration.served import command_line
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from transformers import OlmoeConfig
 
 from expertmesh.bench import decode
 from expertmesh.bench.decode_model import SHAPES, Shape
-from tests.integration.served import command_line, free_port
+from expertmesh.bench.measure import free_port
+from tests.integration.served import command_line
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
 

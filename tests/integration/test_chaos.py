@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 
-from tests.integration.served import command_line, free_port
+from expertmesh.bench.measure import free_port
+from tests.integration.served import command_line
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
 

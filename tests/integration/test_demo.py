@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from tests.integration.served import command_line, free_port
+from expertmesh.bench.measure import free_port
+from tests.integration.served import command_line
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -23,8 +23,9 @@ import httpx
 import psutil
 import pytest
 
+from expertmesh.bench.measure import free_port
 from expertmesh.models import PROMPTS
-from tests.integration.served import command_line, free_port
+from tests.integration.served import command_line
 
 REDIS = shutil.which("redis-server")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from expertmesh.bench.measure import free_port
 from expertmesh.bench.overload import AT_ONCE, QUEUE, run
-from tests.integration.served import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 

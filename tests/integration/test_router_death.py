@@ -16,11 +16,11 @@ from ray.serve.schema import ApplicationStatus
 
 from expertmesh.app import application
 from expertmesh.bench.crowd import Answer, Crowd, undisturbed, verdict
+from expertmesh.bench.measure import free_port
 from expertmesh.config import MeshConfig, parse_config
 from expertmesh.config_file import ServeFile
 from expertmesh.deploy import deployed
 from expertmesh.models import PROMPTS
-from tests.integration.served import free_port
 
 KILLS = int(os.environ.get("EXPERTMESH_TEST_KILLS", "2"))
 

@@ -97,4 +97,4 @@ def test_many_rows_are_divided_among_threads() -> None:
 
 def test_a_width_that_vectors_do_not_divide_is_refused() -> None:
     with pytest.raises(RuntimeError, match="a head of 12"):
-        cpu_attention.attention_code("float32", 12)
+        cpu_attention.attention_code(torch.float32, 12)
