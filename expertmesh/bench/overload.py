@@ -8,6 +8,7 @@ those before. All clients stream over HTTP, from a process of their own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import random
@@ -134,13 +135,16 @@ def _send(theirs: Connection, url: str, prompts: list[str], moments: list[float]
     """The process of an offer."""
 
     async def send_all() -> list[Answer]:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=4 * AT_ONCE)
-        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+        async with contextlib.AsyncExitStack() as stack:
+            # A client looks through all its connections at each event: one for hundreds would be what is overloaded.
+            clients = [httpx.AsyncClient(base_url=url, timeout=120) for _ in range(AT_ONCE)]
+            for client in clients:
+                await stack.enter_async_context(client)
             began_s = time.perf_counter()
 
             async def send(number: int, at_s: float) -> Answer:
                 await asyncio.sleep(began_s + at_s - time.perf_counter())
-                return await ask(http, prompts[number % len(prompts)], tokens)
+                return await ask(clients[number % len(clients)], prompts[number % len(prompts)], tokens)
 
             return await asyncio.gather(*(send(number, at_s) for number, at_s in enumerate(moments)))
 
