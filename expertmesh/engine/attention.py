@@ -55,15 +55,21 @@ def _attend(
     if cache is None:
         output, _ = attend(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
         return output, None
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
-    ends_q, ends_k = options["cu_seq_lens_q"].tolist(), options["cu_seq_lens_k"].tolist()
+    ends_q = options["cu_seq_lens_q"].tolist()
+    allocator = cache.layer_to_allocator[module.layer_idx]
     # Not every model passes its window: some only have it in the mask, which takes no account of the cache.
-    window = getattr(cache.layer_to_allocator[module.layer_idx], "sliding_window", None)
-    spans = list(zip(pairwise(ends_q), pairwise(ends_k), strict=True))
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    window = getattr(allocator, "sliding_window", None)
     # The kernel knows no more than plain attention does.
     is_plain = attend is sdpa_attention_forward and options.get("position_bias") is None
-    if is_plain and (kernel := _kernel(query.dtype, query.shape[-1])) is not None:
+    kernel = _kernel(query.dtype, query.shape[-1]) if is_plain else None
+    in_place = None
+    if kernel is not None and window is None and len(ends_q) == query.shape[2] + 1:
+        in_place = _in_place(allocator, module.layer_idx, options)
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
+    ends_k = options["cu_seq_lens_k"].tolist()
+    spans = list(zip(pairwise(ends_q), pairwise(ends_k), strict=True))
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    if kernel is not None:
         rows = [
             (from_q, from_k if window is None else max(from_k, to_k - window), to_k)
             for (from_q, to_q), (from_k, to_k) in spans
@@ -71,7 +77,8 @@ def _attend(
         ]
         if rows:
             scale = options.get("scaling") or query.shape[-1] ** -0.5
-            together = kernel(query[0], key[0], value[0], rows, scale)
+            own_keys, own_values, seen = in_place or (key[0], value[0], torch.arange(key.shape[2]))
+            together = kernel(query[0], own_keys, own_values, seen, rows, scale)
             if len(rows) == query.shape[2]:
                 return together.unsqueeze(0), None
             output[0, [from_q for from_q, *_ in rows]] = together
@@ -84,6 +91,21 @@ def _attend(
         part, _ = attend(module, own_query, own_key, own_value, mask, sliding_window=window, **options)
         output[:, from_q:to_q] = part
     return output, None
+
+
+def _in_place(
+    allocator: Any, layer: int, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The keys and values of a layer as they lie in the cache, [G, tokens, D], and which of the tokens are read.
+
+    The cache is then told to read none, and only writes what is new. None where nothing is read.
+    """
+    views: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = getattr(allocator, "_kv_token_views", None)
+    if views is None or not len(seen := options["read_index"][allocator.index]):
+        return None
+    options["read_index"] = {allocator.index: seen[:0]}
+    keys, values = (of.transpose(0, 1) for of in views[layer])
+    return keys, values, seen
 
 
 @functools.cache

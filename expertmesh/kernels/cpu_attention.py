@@ -8,7 +8,7 @@ after block, so its bits depend on its query, keys and values alone, and are the
 The softmax is taken block by block, as sums are corrected when a greater score comes (Milakov and Gimelshein, "Online
 normalizer calculation for softmax", 2018). All is float32; the result is rounded once.
 
-Shapes: Q new tokens, S cached and new tokens of all requests, R rows (requests), G heads, D of a head.
+Shapes: Q new tokens, C tokens in the cache, S those of them that are seen, R rows (requests), G heads, D of a head.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from expertmesh.kernels.cpu_ir import (
     field,
     loop,
     minimum,
+    prefetch,
     repeated,
     scratch,
     worker,
@@ -70,19 +71,25 @@ class Attend(Work):
         ("out", ctypes.c_void_p),  # [R, G, D]
         ("num_heads", ctypes.c_int64),
         ("sharing", ctypes.c_int64),  # heads that have their keys and values in common
-        ("rows", ctypes.c_void_p),  # int64 [R, 3]: its token, its first key's, the end of its keys
+        ("rows", ctypes.c_void_p),  # int64 [R, 3]: its token, its first key's place in `seen`, the end of its keys there
+        ("seen", ctypes.c_void_p),  # int64 [S]: the token of each key
         ("scale", ctypes.c_float),
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[tuple[int, int, int]], scale: float) -> Tensor:
-    """query [G, Q, D], key and value [at most G, S, D] -> [R, G, D], all of one dtype.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, seen_S: Tensor, rows: Sequence[tuple[int, int, int]], scale: float
+) -> Tensor:
+    """query [G, Q, D], key and value [at most G, C, D] -> [R, G, D], all of one dtype.
 
-    `rows` has, of each row, its token's place in `query`, and where its keys begin and end. Raises RuntimeError as
+    Keys and values are read where they lie: int64 `seen_S` names their tokens, request after request. `rows` has, of
+    each row, its token's place in `query`, and where its keys begin and end in `seen_S`. Raises RuntimeError as
     `attention_code` does.
     """
     num_heads, _, width = query.shape
     assert all(tensor.stride(2) == 1 for tensor in (query, key, value)), "the numbers of a head must lie side by side"
+    assert seen_S.dtype == torch.int64
+    assert seen_S.is_contiguous()
     code = attention_code(query.dtype, width)
     out = query.new_empty(len(rows), num_heads, width)
     table = array("q", [number for row in rows for number in row])
@@ -106,6 +113,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[tuple[int, 
         num_heads=num_heads,
         sharing=num_heads // key.shape[0],
         rows=table.buffer_info()[0],
+        seen=seen_S.data_ptr(),
         scale=scale,
         **places,
     )
@@ -145,7 +153,13 @@ class _Head:
             for offset in (0, 8, 16)
         )
         self._query_row = self._place(work, "query", head, token)
+        self._seen = field(b, work, Attend, "seen", POINTER)
         self._keys, self._values = (self._place(work, name, b.udiv(head, sharing), I64(0)) for name in ("key", "value"))
+        next_head = minimum(b, b.add(head, I64(1)), b.sub(num_heads, I64(1)))
+        steps = b.sub(b.udiv(next_head, sharing), b.udiv(head, sharing))
+        self._next_keys, self._next_values = (
+            b.mul(steps, field(b, work, Attend, f"{name}_head")) for name in ("key", "value")
+        )
         self._key_step, self._value_step = (field(b, work, Attend, f"{name}_token") for name in ("key", "value"))
         self._out = at(b, field(b, work, Attend, "out", POINTER), b.mul(number, I64(width * ITEMSIZE[dtype])))
         self._scale = self._repeat(field(b, work, Attend, "scale", F32))
@@ -198,8 +212,10 @@ class _Head:
         """Write the scores of TOGETHER keys. Past the end the last key stands in; its scores are not used."""
         b, m = self._b, self._maths
         last = b.sub(self._end, I64(1))
-        tokens = [minimum(b, b.add(start, I64(group + i)), last) for i in range(TOGETHER)]
-        rows = [at(b, self._keys, b.mul(token, self._key_step)) for token in tokens]
+        places = [minimum(b, b.add(start, I64(group + i)), last) for i in range(TOGETHER)]
+        rows = [at(b, self._keys, b.mul(self._token(place), self._key_step)) for place in places]
+        for row in rows:
+            self._prefetch(row, self._next_keys)
         sums = [m.constant(0.0)] * TOGETHER
         for e in range(0, self._width, LANES):
             query = m.load("float32", self._query, I64(e))
@@ -215,14 +231,25 @@ class _Head:
             places = [I64(e) for e in range(first, min(first + LANES * TOGETHER, self._width), LANES)]
             sums = [b.fmul(m.load("float32", self._sums, e), kept) for e in places]
 
-            def step(i: ir.Value, sums: Sequence[ir.Value], places: Sequence[ir.Value] = places) -> list[ir.Value]:
-                row = at(b, self._values, b.mul(minimum(b, b.add(start, i), last), self._value_step))
+            def step(
+                i: ir.Value, sums: Sequence[ir.Value], places: Sequence[ir.Value] = places, first: int = first
+            ) -> list[ir.Value]:
+                row = at(b, self._values, b.mul(self._token(minimum(b, b.add(start, i), last)), self._value_step))
+                if first == 0:
+                    self._prefetch(row, self._next_values)
                 weight = self._repeat(b.load(at(b, self._scores, b.mul(i, I64(4))), typ=F32, align=4))
                 values = [m.load(self._dtype, row, e) for e in places]
                 return [m.fma(weight, value, one) for value, one in zip(values, sums, strict=True)]
 
             for e, one in zip(places, loop(b, I64(BLOCK), sums, step), strict=True):
                 m.store("float32", one, self._sums, e)
+
+    def _prefetch(self, row: ir.Value, step: ir.Value) -> None:
+        """Of the next head, what this one reads here: it lies beside it, but far from what either reads next."""
+        prefetch(self._b, at(self._b, row, step), self._width * ITEMSIZE[self._dtype], near=False)
+
+    def _token(self, place: ir.Value) -> ir.Value:
+        return self._b.load(at(self._b, self._seen, self._b.mul(place, I64(8))), typ=I64)
 
     def _greater(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self._b.select(self._b.fcmp_ordered(">", x, y), x, y)

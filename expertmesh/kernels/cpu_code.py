@@ -40,6 +40,7 @@ from expertmesh.kernels.cpu_ir import (
     fma,
     intrinsic,
     loop,
+    prefetch,
     repeated,
     worker,
 )
@@ -55,14 +56,9 @@ NEAR_ROWS = 3
 """A tile of up to so many rows has little to do but to wait for memory, and fetches what it will read next itself."""
 NEAR_BYTES = 4096
 """How far ahead of its reads."""
-LINE_BYTES = 64
-"""What one prefetch brings."""
 
 _VECTOR = ir.VectorType(F32, LANES)
 _INTS = ir.VectorType(I32, LANES)
-_PREFETCH = "llvm.prefetch.p0"
-_READ_NEAR, _READ_FAR = (0, 3, 1), (0, 2, 1)
-"""What a prefetch is for: to read, from the first level of caches on or from the second, data."""
 
 
 class Call(Work):
@@ -258,24 +254,16 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
     count = vectors if num_rows <= form.whole_panel_rows else vectors // 2
     vector_bytes = form.lanes * form.itemsize
     sums_type = ir.VectorType(F32, form.lanes)
-    prefetch = intrinsic(b, _PREFETCH, [POINTER, I32, I32, I32], ir.VoidType())
+    near = num_rows <= NEAR_ROWS
     for start in range(0, vectors, count):
         lines = at(b, panel, form.head_bytes + start * vector_bytes)
-        if num_rows <= NEAR_ROWS:
-            ahead, how = at(b, lines, NEAR_BYTES), _READ_NEAR
-        else:  # each walk is bound by arithmetic, and fetches its share of the whole next panel meanwhile
-            ahead, how = at(b, next_panel, b.mul(depth, I64(start * vector_bytes))), _READ_FAR
+        # Each walk of many rows is bound by arithmetic, and fetches its share of the whole next panel meanwhile.
+        ahead = at(b, lines, NEAR_BYTES) if near else at(b, next_panel, b.mul(depth, I64(start * vector_bytes)))
 
         def step(
-            k: ir.Value,
-            sums: Sequence[ir.Value],
-            lines: ir.Value = lines,
-            ahead: ir.Value = ahead,
-            how: tuple[int, int, int] = how,
+            k: ir.Value, sums: Sequence[ir.Value], lines: ir.Value = lines, ahead: ir.Value = ahead
         ) -> list[ir.Value]:
-            fetched = at(b, ahead, b.mul(k, I64(count * vector_bytes)))
-            for offset in range(0, count * vector_bytes, LINE_BYTES):
-                b.call(prefetch, [at(b, fetched, offset), *map(I32, how)])
+            prefetch(b, at(b, ahead, b.mul(k, I64(count * vector_bytes))), count * vector_bytes, near=near)
             weights = form.read(b, at(b, lines, b.mul(k, I64(vectors * vector_bytes))), count)
             x_ks = [repeated(b, b.load(at(b, x_row, b.mul(k, I64(4))), typ=F32), sums_type) for x_row in x_rows]
             factors = [(weight, x_k) for x_k in x_ks for weight in weights]

@@ -19,6 +19,8 @@ F16, F32 = ir.HalfType(), ir.FloatType()
 POINTER = ir.PointerType()
 LANES = 8
 """Of a vector of float32, where nothing else is said."""
+LINE_BYTES = 64
+"""What one prefetch brings."""
 
 
 class Work(ctypes.Structure):
@@ -129,6 +131,14 @@ def intrinsic(b: ir.IRBuilder, name: str, kinds: Sequence[ir.Type], result: ir.T
     """LLVM's own function of that name."""
     known = b.module.globals.get(name)
     return known if known is not None else ir.Function(b.module, ir.FunctionType(result, kinds), name)
+
+
+def prefetch(b: ir.IRBuilder, address: ir.Value, num_bytes: int, *, near: bool) -> None:
+    """Fetch what will be read: to the first level of caches on, or from the second."""
+    function = intrinsic(b, "llvm.prefetch.p0", [POINTER, I32, I32, I32], ir.VoidType())
+    how = [I32(0), I32(3 if near else 2), I32(1)]  # to read, how near, data
+    for offset in range(0, num_bytes, LINE_BYTES):
+        b.call(function, [at(b, address, offset), *how])
 
 
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:

@@ -25,10 +25,10 @@ def normal(*shape: int, seed: int, dtype: str) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
 
 
-def softmax_of(query, key, value, rows, scale):
+def softmax_of(query, key, value, seen, rows, scale):
     """[R, G, D] in float64."""
     sharing = len(query) // len(key)
-    key, value = (tensor.double().repeat_interleave(sharing, 0) for tensor in (key, value))
+    key, value = (tensor[:, seen].double().repeat_interleave(sharing, 0) for tensor in (key, value))
     parts = []
     for token, first, end in rows:
         weights = (torch.einsum("gd,gsd->gs", query[:, token].double(), key[:, first:end]) * scale).softmax(-1)
@@ -37,35 +37,36 @@ def softmax_of(query, key, value, rows, scale):
 
 
 def case(num_keys: list[int], *, heads: int = 4, sharing: int = 2, width: int = 16, dtype: str = "float32"):
-    """As an engine lays it out: tokens before heads, seen the other way round; and the keys of all rows in one."""
+    """As an engine lays it out: tokens before heads, seen the other way round; and in the cache tokens of all rows, in
+    any order, among others."""
     query = normal(len(num_keys), heads, width, seed=0, dtype=dtype).transpose(0, 1)
-    key, value = (
-        normal(sum(num_keys), heads // sharing, width, seed=seed, dtype=dtype).transpose(0, 1) for seed in (1, 2)
-    )
+    cached = sum(num_keys) + 5
+    key, value = (normal(cached, heads // sharing, width, seed=seed, dtype=dtype).transpose(0, 1) for seed in (1, 2))
+    seen = torch.randperm(cached, generator=torch.Generator().manual_seed(3))[: sum(num_keys)]
     ends = torch.tensor(num_keys).cumsum(0).tolist()
     rows = [(token, end - count, end) for token, (count, end) in enumerate(zip(num_keys, ends, strict=True))]
-    return query, key, value, rows
+    return query, key, value, seen, rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 24, 64, 128, 200])
 def test_it_is_the_softmax_over_a_rows_own_keys(dtype: str, width: int) -> None:
-    query, key, value, rows = case([1, 2, 15, 16, 17, 33, 100], width=width, dtype=dtype)
-    out = cpu_attention.attend(query, key, value, rows, width**-0.5)
-    expected = softmax_of(query, key, value, rows, width**-0.5)
+    query, key, value, seen, rows = case([1, 2, 15, 16, 17, 33, 100], width=width, dtype=dtype)
+    out = cpu_attention.attend(query, key, value, seen, rows, width**-0.5)
+    expected = softmax_of(query, key, value, seen, rows, width**-0.5)
     torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_scores_of_any_size_do_not_overflow() -> None:
-    query, key, value, rows = case([40])
-    out = cpu_attention.attend(200 * query, 200 * key, value, rows, 1.0)
-    torch.testing.assert_close(out.double(), softmax_of(200 * query, 200 * key, value, rows, 1.0), rtol=1e-4, atol=1e-4)
+    query, key, value, seen, rows = case([40])
+    out = cpu_attention.attend(200 * query, 200 * key, value, seen, rows, 1.0)
+    torch.testing.assert_close(out.double(), softmax_of(200 * query, 200 * key, value, seen, rows, 1.0), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_a_number_does_not_become_one() -> None:
-    query, key, value, rows = case([20, 20])
-    key[:, 5] = torch.nan
-    out = cpu_attention.attend(query, key, value, rows, 1.0)
+    query, key, value, seen, rows = case([20, 20])
+    key[:, seen[5]] = torch.nan
+    out = cpu_attention.attend(query, key, value, seen, rows, 1.0)
     assert out[0].isnan().all()
     assert out[1].isfinite().all()
 
@@ -79,20 +80,20 @@ def test_what_is_not_a_number_does_not_become_one() -> None:
     chosen=st.randoms(use_true_random=False),
 )
 def test_a_row_has_the_same_bits_in_any_company(dtype, num_keys, sharing, num_threads, chosen) -> None:
-    query, key, value, rows = case(num_keys, sharing=sharing, dtype=dtype)
+    query, key, value, seen, rows = case(num_keys, sharing=sharing, dtype=dtype)
     torch.set_num_threads(num_threads)
-    whole = cpu_attention.attend(query, key, value, rows, 0.25)
+    whole = cpu_attention.attend(query, key, value, seen, rows, 0.25)
     some = chosen.sample(range(len(rows)), chosen.randint(1, len(rows)))
     torch.set_num_threads(1)
-    assert torch.equal(cpu_attention.attend(query, key, value, [rows[row] for row in some], 0.25), whole[some])
+    assert torch.equal(cpu_attention.attend(query, key, value, seen, [rows[row] for row in some], 0.25), whole[some])
 
 
 def test_many_rows_are_divided_among_threads() -> None:
     torch.set_num_threads(3)
-    query, key, value, rows = case([300] * 24, heads=8, width=64)
+    query, key, value, seen, rows = case([300] * 24, heads=8, width=64)
     assert cpu_attention.MIN_NUMBERS <= 24 * 300 * 8 * 64
-    out = cpu_attention.attend(query, key, value, rows, 0.125)
-    torch.testing.assert_close(out.double(), softmax_of(query, key, value, rows, 0.125), rtol=2e-6, atol=2e-6)
+    out = cpu_attention.attend(query, key, value, seen, rows, 0.125)
+    torch.testing.assert_close(out.double(), softmax_of(query, key, value, seen, rows, 0.125), rtol=2e-6, atol=2e-6)
 
 
 def test_a_width_that_vectors_do_not_divide_is_refused() -> None:
