@@ -56,12 +56,16 @@ def _is_plain(module: torch.nn.Linear) -> bool:
 
 
 def _packed_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    arithmetic = _arithmetic(layer.in_features, layer.out_features, _DTYPES[layer.weight.dtype])
+    dtype = _DTYPES[layer.weight.dtype]
+    arithmetic = _arithmetic(layer.in_features, layer.out_features, dtype)
     weight, bias = (
         None if tensor is None else tensor.detach().to(arithmetic.dtype) for tensor in (layer.weight, layer.bias)
     )
     assert weight is not None
-    return functools.partial(_linear, arithmetic, arithmetic.pack(weight, bias), layer.out_features)
+    matrix = arithmetic.pack(weight, bias)
+    if arithmetic.linear is not None:
+        return arithmetic.linear(matrix, layer.in_features, layer.out_features, dtype)
+    return functools.partial(_linear, arithmetic, matrix, layer.out_features)
 
 
 def _arithmetic(num_columns: int, num_results: int, dtype: str) -> Arithmetic:

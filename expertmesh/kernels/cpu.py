@@ -75,12 +75,16 @@ class Arithmetic:
     """Of codes, scales and biases: where weights are held as they are stored. Else they are dequantized first."""
     ffn: Callable[[ExpertSpec], Ffn] | None = None
     """All of it in a way of its own, where it has one. Else it is made of two products."""
+    linear: Callable[[Matrix, int, int, str], Linear] | None = None
+    """One product in a way of its own, where it has one: of a matrix, its columns and results, and the dtype of rows."""
     in_pool: bool = False
     """Whether what is packed is plain memory, which may be moved: then it lies in huge pages."""
 
 
 Ffn: TypeAlias = "Callable[[Sequence[Expert | None], Tensor, Tensor, Tensor], Tensor]"
 """The experts in all slots, x_TH, row_P and slot_P -> y_PH, as `ExpertKernel.run`."""
+Linear: TypeAlias = "Callable[[Tensor], Tensor]"
+"""x [..., K] -> y [..., N] in x's dtype."""
 
 
 class CpuKernel:
@@ -290,14 +294,13 @@ def _panels_of_pairs() -> Arithmetic:
 
 def _panels(form: str) -> Arithmetic:
     """Our own machine code. Weights stay in the dtype of that name, or in codes."""
-    from expertmesh.kernels.cpu_panels import Ffn as PanelFfn
-    from expertmesh.kernels.cpu_panels import multiply, pack
+    from expertmesh.kernels import cpu_panels
 
     def packed(w_NK: Tensor, b_N: Tensor | None) -> Matrix:
-        return Matrix(pack(getattr(torch, form), w_NK, b_N), None)
+        return Matrix(cpu_panels.pack(getattr(torch, form), w_NK, b_N), None)
 
     def product(x_RK: Tensor, sizes: list[int], matrices: Sequence[Matrix]) -> Tensor:
-        return multiply(form, x_RK, sizes, [matrix.w for matrix in matrices])
+        return cpu_panels.multiply(form, x_RK, sizes, [matrix.w for matrix in matrices])
 
     return Arithmetic(
         name=f"panels of {form}",
@@ -305,7 +308,8 @@ def _panels(form: str) -> Arithmetic:
         pack=packed,
         num_bytes=lambda w: w.nbytes,
         product=product,
-        ffn=lambda spec: PanelFfn(spec, form),
+        ffn=lambda spec: cpu_panels.Ffn(spec, form),
+        linear=lambda matrix, *sizes: cpu_panels.Linear(form, matrix.w, *sizes),
         max_rows=MAX_PAIRS,
         in_pool=True,
     )
