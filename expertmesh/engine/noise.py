@@ -17,14 +17,15 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_WORD = 1 << 64
+SEEDS = 1 << 64
+"""Those that differ by a multiple of this are one."""
 _UNIFORM_BITS = 52
 
 
 def noise_bits(seed: int, position: int, num_ids: int) -> NDArray[np.uint64]:
     """The random word of each token id from 0. `position` is the index in the sequence of the token to be chosen."""
     counter = np.array([0, position, 0, 0], np.uint64)
-    return np.random.Philox(key=seed % _WORD, counter=counter).random_raw(num_ids)
+    return np.random.Philox(key=seed % SEEDS, counter=counter).random_raw(num_ids)
 
 
 def gumbel(bits_C: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ Shapes: B rows, V vocabulary, C candidates.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from expertmesh.engine.noise import gumbel, least_bits_above, noise_bits
+from expertmesh.engine.noise import SEEDS, gumbel, least_bits_above, noise_bits
+from expertmesh.kernels.cpu import has_llvm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -87,6 +89,11 @@ class SamplingState:
             or params.presence_penalty != 0.0
         )
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens may be ruled out for being unlikely."""
+        return self.params.min_p > 0 or self.params.top_k > 0 or self.params.top_p < 1.0
+
 
 def choose_tokens(logits_BV: torch.Tensor, states: Sequence[SamplingState]) -> list[Choice | None]:
     """Choose the next token of each row. `logits_BV` is float32 on any device, one row per state.
@@ -100,7 +107,8 @@ def choose_tokens(logits_BV: torch.Tensor, states: Sequence[SamplingState]) -> l
         for token_id, is_finite in zip(argmax_B.tolist(), peak_B.isfinite().tolist(), strict=True)
     ]
     beyond_argmax = [row for row, state in enumerate(states) if state.is_adjusted or not state.is_greedy]
-    for row, logits_V in zip(beyond_argmax, logits_BV[beyond_argmax].cpu().numpy(), strict=True):
+    rows_BV = logits_BV if len(beyond_argmax) == len(states) else logits_BV[beyond_argmax]
+    for row, logits_V in zip(beyond_argmax, rows_BV.cpu().numpy(), strict=True):
         if token_ids[row] is not None:
             token_ids[row] = choose(logits_V, states[row])
     choices = [None if token_id is None else Choice(token_id=token_id) for token_id in token_ids]
@@ -119,6 +127,11 @@ def choose_tokens(logits_BV: torch.Tensor, states: Sequence[SamplingState]) -> l
 
 def choose(logits_V: NDArray[np.float32], state: SamplingState) -> int:
     """Choose the next token of one row."""
+    if not (state.is_adjusted or state.is_greedy or state.is_truncated) and (contenders := _contenders()) is not None:
+        params = state.params
+        ids_C, bits_C = contenders(logits_V, params.temperature, params.seed % SEEDS, state.position)
+        scores_C = logits_V[ids_C].astype(np.float64)
+        return int(ids_C[(scores_C / params.temperature + gumbel(bits_C)).argmax()])
     scores_V = adjust(logits_V, state)
     if state.is_greedy:
         return int(scores_V.argmax())
@@ -128,6 +141,16 @@ def choose(logits_V: NDArray[np.float32], state: SamplingState) -> int:
     if len(ids_C) == len(scores_V):
         return _winner(scores_V, bits_V)
     return int(ids_C[_winner(scores_V[ids_C], bits_V[ids_C])])
+
+
+@functools.cache
+def _contenders() -> Callable[..., tuple[Ids, NDArray[np.uint64]]] | None:
+    """`cpu_draw.contenders`, where machine code of ours can be made."""
+    if not has_llvm():
+        return None
+    from expertmesh.kernels.cpu_draw import contenders
+
+    return contenders
 
 
 def adjust(logits_V: NDArray[np.float32], state: SamplingState) -> Scores:

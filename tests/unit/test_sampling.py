@@ -173,13 +173,15 @@ def test_a_nucleus_of_any_size_is_exact(spread):
         assert kept.tolist() == sorted(order[:size].tolist())
 
 
+@pytest.mark.parametrize("logit_bias", [{}, {7: 0.0}], ids=["as they are", "adjusted"])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0, 30.0])
-def test_sampling_a_large_vocabulary_is_exact(spread):
-    """Over more tokens than the sampler works the noise out for."""
+def test_sampling_a_large_vocabulary_is_exact(spread, logit_bias):
+    """Over more tokens than the sampler works the noise out for, and by both ways to find those."""
     scores = (np.random.default_rng(0).normal(size=5000) * spread).astype(np.float32)
     for seed in range(100):
         perturbed = scores.astype(np.float64) + gumbel(noise_bits(seed, 2, 5000))
-        assert choose(scores, state_of(SamplingParams(max_tokens=1, seed=seed))) == perturbed.argmax()
+        params = SamplingParams(max_tokens=1, seed=seed, logit_bias=logit_bias)
+        assert choose(scores, state_of(params)) == perturbed.argmax()
 
 
 def test_equal_logits_go_to_the_lowest_id():
