@@ -76,7 +76,7 @@ class Arithmetic:
     ffn: Callable[[ExpertSpec], Ffn] | None = None
     """All of it in a way of its own, where it has one. Else it is made of two products."""
     linear: Callable[[Matrix, int, int, str], Linear] | None = None
-    """One product in a way of its own, where it has one: of a matrix, its columns and results, and the dtype of rows."""
+    """One product in a way of its own, where it has one. Of a matrix, its columns and results, and the rows' dtype."""
     in_pool: bool = False
     """Whether what is packed is plain memory, which may be moved: then it lies in huge pages."""
 

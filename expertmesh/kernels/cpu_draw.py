@@ -53,7 +53,7 @@ def contenders(
     """
     logits_V = np.ascontiguousarray(logits_V)
     # One more than there can be, as one that is no contender is written too. Nearly all of it is never touched.
-    ids_N, bits_N = (np.empty(len(logits_V) + 1, dtype) for dtype in (np.int64, np.uint64))
+    ids_N, bits_N = np.empty(len(logits_V) + 1, np.int64), np.empty(len(logits_V) + 1, np.uint64)
     count = _code()(
         len(logits_V), logits_V.ctypes.data, temperature, seed, position, ids_N.ctypes.data, bits_N.ctypes.data
     )
@@ -74,9 +74,7 @@ def _module() -> ir.Module:
     function = ir.Function(module, ir.FunctionType(I64, kinds), "contenders")
     n, logits, temperature, seed, position, ids, bits = function.args
     b = ir.IRBuilder(function.append_basic_block())
-    per_one, most, least, none = (
-        b.fmul(temperature, _F64(value)) for value in (_LN2, _AT_MOST, _AT_LEAST, _LEAST)
-    )
+    per_one, most, least, none = (b.fmul(temperature, _F64(value)) for value in (_LN2, _AT_MOST, _AT_LEAST, _LEAST))
     leading_zeros = intrinsic(b, "llvm.ctlz.i64", [I64, _I1], I64)
 
     def leading_ones(word: ir.Value) -> ir.Value:
@@ -147,9 +145,7 @@ def _philox(b: ir.IRBuilder, counter: list[ir.Value], key: list[ir.Value]) -> li
     for turn in range(_ROUNDS):
         if turn:
             key = [b.add(word, I64(step)) for word, step in zip(key, _KEY_STEPS, strict=True)]
-        products = [
-            b.mul(b.zext(word, _I128), _I128(by)) for word, by in zip(counter[::2], _MULTIPLIERS, strict=True)
-        ]
+        products = [b.mul(b.zext(word, _I128), _I128(by)) for word, by in zip(counter[::2], _MULTIPLIERS, strict=True)]
         low = [b.trunc(product, I64) for product in products]
         high = [b.trunc(b.lshr(product, _I128(64)), I64) for product in products]
         counter = [

@@ -31,6 +31,7 @@ from expertmesh.kernels.cpu_ir import (
     field,
     fma,
     loop,
+    repeated,
     worker,
 )
 
@@ -69,6 +70,10 @@ class Maths:
 
     def constant(self, value: float, element: ir.Type = F32) -> ir.Constant:
         return ir.Constant(self.of(element), value if self.lanes == 1 else [value] * self.lanes)
+
+    def repeat(self, value: ir.Value) -> ir.Value:
+        """One float32 number in each lane."""
+        return value if self.lanes == 1 else repeated(self.b, value, self.of(F32))
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         return fma(self.b, x, y, z)
@@ -160,6 +165,22 @@ class Maths:
         return b.trunc(b.select(is_nan, self.constant(0x7FC0, I32), rounded), self.of(I16))
 
 
+def elements(b: ir.IRBuilder, count: ir.Value, step: Callable[[Maths, ir.Value], None]) -> None:
+    """`step(maths, e)` for the elements of a row: from each `e` on a vector of them, and the last ones one by one."""
+
+    def run(lanes: int, first: ir.Value, times: ir.Value) -> None:
+        def body(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+            step(Maths(b, lanes), b.add(first, b.mul(k, I64(lanes))))
+            return []
+
+        loop(b, times, [], body)
+
+    vectors = b.udiv(count, I64(LANES))
+    run(LANES, I64(0), vectors)
+    whole = b.mul(vectors, I64(LANES))
+    run(1, whole, b.sub(count, whole))
+
+
 _SHIFT = 1.5 * 2.0**23
 """Added to a float32 of less than 2**22, it leaves no bits below one."""
 
@@ -240,18 +261,10 @@ def _module(written: str, compute: _Compute, *, indexed: bool) -> ir.Module:
             number = b.load(at(b, field(b, rows, Rows, "index", POINTER), b.mul(number, I64(8))), typ=I64)
         source = at(b, source, b.mul(number, field(b, rows, Rows, "source_bytes")))
 
-        def elements(lanes: int, first: ir.Value, times: ir.Value) -> None:
-            def step(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-                maths, e = Maths(b, lanes), b.add(first, b.mul(k, I64(lanes)))
-                maths.store(written, compute(maths, source, e, count), target, e)
-                return []
+        def step(maths: Maths, e: ir.Value) -> None:
+            maths.store(written, compute(maths, source, e, count), target, e)
 
-            loop(b, times, [], step)
-
-        vectors = b.udiv(count, I64(LANES))
-        elements(LANES, I64(0), vectors)
-        whole = b.mul(vectors, I64(LANES))
-        elements(1, whole, b.sub(count, whole))
+        elements(b, count, step)
 
     worker(module, "rows", turn)
     return module

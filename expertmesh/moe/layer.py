@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from expertmesh.kernels import cpu_combine
+from expertmesh.kernels.spec import DTYPES
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,8 +23,12 @@ def combine(rows_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
 
     Products and sums are float32 (float64 if rows are), one k after the other in the gate's order, rounded once.
     Element-wise steps on purpose: a reduction kernel may pick another order for another shape, and the answer must not
-    depend on the batch.
+    depend on the batch. On a CPU that is one pass of machine code, to the same bits, where no gradient is asked for.
     """
+    dtype = str(rows_TKH.dtype).removeprefix("torch.")
+    if rows_TKH.device.type == "cpu" and dtype in DTYPES and not (rows_TKH.requires_grad or weights_TK.requires_grad):
+        weights = weights_TK.to(torch.float32).contiguous()
+        return cpu_combine.combine(rows_TKH.contiguous(), weights)
     wide = torch.promote_types(rows_TKH.dtype, torch.float32)
     weights = weights_TK.to(wide).unsqueeze(-1)
     total = rows_TKH[:, 0].to(wide) * weights[:, 0]

@@ -60,7 +60,9 @@ def test_it_is_the_softmax_over_a_rows_own_keys(dtype: str, width: int) -> None:
 def test_scores_of_any_size_do_not_overflow() -> None:
     query, key, value, seen, rows = case([40])
     out = cpu_attention.attend(200 * query, 200 * key, value, seen, rows, 1.0)
-    torch.testing.assert_close(out.double(), softmax_of(200 * query, 200 * key, value, seen, rows, 1.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        out.double(), softmax_of(200 * query, 200 * key, value, seen, rows, 1.0), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_what_is_not_a_number_does_not_become_one() -> None:

@@ -23,7 +23,9 @@ def winner(logits: np.ndarray, temperature: float, seed: int, position: int) -> 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    logits=st.lists(st.one_of(finite, st.just(-np.inf), st.floats(-5, 5, width=32, allow_subnormal=False)), min_size=1, max_size=40),
+    logits=st.lists(
+        st.one_of(finite, st.just(-np.inf), st.floats(-5, 5, width=32, allow_subnormal=False)), min_size=1, max_size=40
+    ),
     temperature=st.sampled_from([1e-5, 0.3, 1.0, 2.0, 100.0]),
     seed=seeds,
     position=st.integers(0, 2**40),
