@@ -52,8 +52,6 @@ COLUMNS = 32
 """Of a panel: a line of 2-byte weights is one cache line."""
 PAIRS = "bfloat16 pairs"
 """The format of bfloat16 weights that are multiplied two by two, with rows of bfloat16."""
-NEAR_ROWS = 3
-"""A tile of up to so many rows has little to do but to wait for memory, and fetches what it will read next itself."""
 NEAR_BYTES = 4096
 """How far ahead of its reads."""
 
@@ -91,8 +89,10 @@ class Format:
     """Of a vector of weights, 4 bytes of a row in each lane, and what their products are added to."""
     tile_rows: int = 6
     """With half a panel's columns in two vectors: twelve sums, which with what they need fill sixteen registers."""
-    whole_panel_rows: int = NEAR_ROWS
+    whole_panel_rows: int = 3
     """Tiles of up to so many rows walk down a panel once, as all their sums fit; others once for each half."""
+    near_rows: int = 3
+    """Tiles of up to so many have little to do but to wait for memory, and fetch what they will read next themselves."""
 
     @property
     def head_bytes(self) -> int:
@@ -175,6 +175,7 @@ FORMATS = {
         lanes=16,
         tile_rows=12,  # 24 sums of 32 registers
         whole_panel_rows=12,
+        near_rows=6,
     ),
 }
 """By the dtype of the weights, or the name of their codes."""
@@ -254,7 +255,7 @@ def _tile(module: ir.Module, form: Format, num_rows: int) -> ir.Function:
     count = vectors if num_rows <= form.whole_panel_rows else vectors // 2
     vector_bytes = form.lanes * form.itemsize
     sums_type = ir.VectorType(F32, form.lanes)
-    near = num_rows <= NEAR_ROWS
+    near = num_rows <= form.near_rows
     for start in range(0, vectors, count):
         lines = at(b, panel, form.head_bytes + start * vector_bytes)
         # Each walk of many rows is bound by arithmetic, and fetches its share of the whole next panel meanwhile.
