@@ -2,7 +2,7 @@
 
 Read api.py for the contract, then threaded.py (the thread and its queue), batch.py (one request's life), sampling.py
 (how a token is chosen), and one of the two batches: continuous.py or simple.py. What runs on CPU cores is helped by
-linears.py and attention.py.
+linears.py, norms.py and attention.py.
 """
 
 from __future__ import annotations

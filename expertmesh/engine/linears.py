@@ -1,6 +1,6 @@
 """The dense model's linear layers on CPU cores, in the arithmetic that hosts use for experts.
 
-Owns what stands in for the layers' forward, and takes it away again. Does not know the model around them. Invariant: a
+Owns what stands in for the layers' forward. Does not know the model around them. Invariant: a
 row's bits depend on nothing but the row and the layer, so that what a request gets from them is the same in any
 company. torch promises that for no product, and its bfloat16 is slow where the processor has no instructions for it.
 
@@ -10,11 +10,12 @@ Shapes: R rows, K columns, N results of a row.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch.nn import functional as F
 
+from expertmesh.engine.stand_ins import stand_in
 from expertmesh.kernels.cpu import choose_arithmetic
 from expertmesh.kernels.spec import DTYPES, Activation, ExpertSpec
 
@@ -33,22 +34,13 @@ def pack_linears(model: torch.nn.Module) -> Callable[[], None]:
 
     The copies are made now; later changes of the weights do not reach them. The weights stay, for what else reads them.
     """
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and _is_plain(module)]
-    for layer in layers:
-        vars(layer)["forward"] = _packed_forward(layer)
-
-    def restore() -> None:
-        for layer in layers:
-            vars(layer).pop("forward", None)
-
-    return restore
+    return stand_in(model, lambda module: _packed_forward(module) if _is_plain(module) else None)
 
 
-def _is_plain(module: torch.nn.Linear) -> bool:
-    """Whether it is a product with a matrix and nothing else: no subclass's, and not what a library has wrapped."""
+def _is_plain(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    """Whether it is a product with a matrix and nothing else: no subclass's."""
     return (
         type(module) is torch.nn.Linear
-        and "forward" not in vars(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype in _DTYPES
         and len(module.weight) > 0  # what is left of an expert that was taken out

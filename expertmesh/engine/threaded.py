@@ -19,6 +19,7 @@ import torch
 from expertmesh.engine.api import FINISH_ERROR, EngineStatistics, GenerateRequest, PromptLogprobs, TokenEvent
 from expertmesh.engine.batch import Batch, Generation
 from expertmesh.engine.linears import pack_linears
+from expertmesh.engine.norms import replace_norms
 from expertmesh.engine.sampling import Choice, SamplingState
 from expertmesh.engine.score import score_prompt
 from expertmesh.errors import (
@@ -48,7 +49,7 @@ class ThreadedEngine:
         self._gates = gates
         self._batch = batch
         self._config = config
-        self._restore_linears = pack_linears(model)
+        self._restore_layers = pack_linears(model), replace_norms(model)
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._eos_token_ids = _eos_token_ids(model)
         self._keys = itertools.count()
@@ -157,7 +158,8 @@ class ThreadedEngine:
             self._changed.notify()
         self._thread.join()
         self._batch.close()
-        self._restore_linears()
+        for restore in self._restore_layers:
+            restore()
 
     def _num_waiting(self) -> int:
         return len(self._queue) + self._batch.num_waiting

@@ -32,6 +32,7 @@ from expertmesh.kernels.cpu_ir import (
     compiled,
     divide_up,
     field,
+    folded,
     loop,
     minimum,
     prefetch,
@@ -200,7 +201,7 @@ class _Head:
             scores = m.load("float32", self._scores, I64(half))
             halves.append(b.select(seen[-1], scores, m.constant(float("-inf"))))
         greatest, total = before
-        peak = self._folded(self._greater(*halves), self._greater)
+        peak = folded(b, self._greater(*halves), self._greater)
         new_greatest = self._greater(greatest, peak)
         kept = Maths(b, 1).exp(b.fsub(greatest, new_greatest))
         weights = []
@@ -209,7 +210,7 @@ class _Head:
             weights.append(b.select(are_seen, weight, m.constant(0.0)))
             m.store("float32", weights[-1], self._scores, I64(half))
         self._add_values(start, self._repeat(kept))
-        return [new_greatest, Maths(b, 1).fma(total, kept, self._folded(b.fadd(*weights), b.fadd))]
+        return [new_greatest, Maths(b, 1).fma(total, kept, folded(b, b.fadd(*weights), b.fadd))]
 
     def _score(self, start: ir.Value, group: int) -> None:
         """Write the scores of TOGETHER keys. Past the end the last key stands in; its scores are not used."""
@@ -224,7 +225,7 @@ class _Head:
             query = m.load("float32", self._query, I64(e))
             sums = [m.fma(query, m.load(self._dtype, row, I64(e)), one) for row, one in zip(rows, sums, strict=True)]
         for i, one in enumerate(sums):
-            b.store(self._folded(one, b.fadd), at(b, self._scores, 4 * (group + i)), align=4)
+            b.store(folded(b, one, b.fadd), at(b, self._scores, 4 * (group + i)), align=4)
 
     def _add_values(self, start: ir.Value, kept: ir.Value) -> None:
         """Add BLOCK values by their weights to the sums, of which `kept` remains."""
@@ -256,21 +257,6 @@ class _Head:
 
     def _greater(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self._b.select(self._b.fcmp_ordered(">", x, y), x, y)
-
-    def _folded(self, vector: ir.Value, both: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
-        """One number out of a vector's: its halves, and theirs, and so on."""
-        size = LANES
-        while size > 1:
-            size //= 2
-            undefined = ir.Constant(vector.type, ir.Undefined)
-            lower, upper = (
-                self._b.shuffle_vector(
-                    vector, undefined, ir.Constant(ir.VectorType(I32, size), list(range(at_, at_ + size)))
-                )
-                for at_ in (0, size)
-            )
-            vector = both(lower, upper)
-        return self._b.extract_element(vector, I32(0))
 
     def _repeat(self, value: ir.Value, element: ir.Type = F32) -> ir.Value:
         return repeated(self._b, value, ir.VectorType(element, LANES))

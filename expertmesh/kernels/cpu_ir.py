@@ -154,6 +154,20 @@ def repeated(b: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
     return b.shuffle_vector(b.insert_element(undefined, value, I32(0)), undefined, first)
 
 
+def folded(b: ir.IRBuilder, vector: ir.Value, both: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """One number out of a vector's: its halves, and theirs, and so on."""
+    size = vector.type.count
+    while size > 1:
+        size //= 2
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        lower, upper = (
+            b.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(I32, size), list(range(start, start + size))))
+            for start in (0, size)
+        )
+        vector = both(lower, upper)
+    return b.extract_element(vector, I32(0))
+
+
 def scratch(b: ir.IRBuilder, size: int) -> ir.Value:
     """The address of as many float32 on the stack, for the whole function."""
     with b.goto_entry_block():  # once: within a loop, each turn would take more of the stack

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 NEEDS = {"float32": frozenset({"avx2", "fma"}), "bfloat16": frozenset({"avx2", "fma"})}
 NEEDS["float16"] = NEEDS["float32"] | {"f16c"}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED = {"float32": F32, "bfloat16": I16, "float16": F16}
 
 
 class Rows(Work):
@@ -141,21 +142,27 @@ class Maths:
         """The elements of a row from `e` on, as float32."""
         align = ITEMSIZE[dtype]
         address = at(self.b, row, self.b.mul(e, I64(align)))
-        if dtype == "bfloat16":
-            bits = self.b.zext(self.b.load(address, typ=self.of(I16), align=align), self.of(I32))
-            return self.b.bitcast(self.b.shl(bits, self.constant(16, I32)), self.of(F32))
-        if dtype == "float16":
-            return self.b.fpext(self.b.load(address, typ=self.of(F16), align=align), self.of(F32))
-        return self.b.load(address, typ=self.of(F32), align=align)
+        return self._widened(dtype, self.b.load(address, typ=self.of(_STORED[dtype]), align=align))
 
     def store(self, dtype: str, x: ir.Value, row: ir.Value, e: ir.Value) -> None:
         """Rounded to nearest, and to even between two."""
         align = ITEMSIZE[dtype]
+        self.b.store(self._narrowed(dtype, x), at(self.b, row, self.b.mul(e, I64(align))), align=align)
+
+    def rounded(self, dtype: str, x: ir.Value) -> ir.Value:
+        """As it would come back if it were stored."""
+        return self._widened(dtype, self._narrowed(dtype, x))
+
+    def _widened(self, dtype: str, x: ir.Value) -> ir.Value:
         if dtype == "bfloat16":
-            x = self._rounded_to_bfloat16(x)
-        elif dtype == "float16":
-            x = self.b.fptrunc(x, self.of(F16))
-        self.b.store(x, at(self.b, row, self.b.mul(e, I64(align))), align=align)
+            bits = self.b.zext(x, self.of(I32))
+            return self.b.bitcast(self.b.shl(bits, self.constant(16, I32)), self.of(F32))
+        return self.b.fpext(x, self.of(F32)) if dtype == "float16" else x
+
+    def _narrowed(self, dtype: str, x: ir.Value) -> ir.Value:
+        if dtype == "bfloat16":
+            return self._rounded_to_bfloat16(x)
+        return self.b.fptrunc(x, self.of(F16)) if dtype == "float16" else x
 
     def _rounded_to_bfloat16(self, x: ir.Value) -> ir.Value:
         b, bits = self.b, self.b.bitcast(x, self.of(I32))
