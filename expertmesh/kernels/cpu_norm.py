@@ -16,7 +16,20 @@ from typing import TYPE_CHECKING
 import torch
 from llvmlite import ir
 
-from expertmesh.kernels.cpu_ir import F32, I64, LANES, POINTER, Work, at, compiled, field, folded, intrinsic, loop, worker
+from expertmesh.kernels.cpu_ir import (
+    F32,
+    I64,
+    LANES,
+    POINTER,
+    Work,
+    at,
+    compiled,
+    field,
+    folded,
+    intrinsic,
+    loop,
+    worker,
+)
 from expertmesh.kernels.cpu_panels import on_threads
 from expertmesh.kernels.cpu_row_code import ITEMSIZE, NEEDS, Maths, elements
 
