@@ -134,9 +134,10 @@ def intrinsic(b: ir.IRBuilder, name: str, kinds: Sequence[ir.Type], result: ir.T
 
 
 def prefetch(b: ir.IRBuilder, address: ir.Value, num_bytes: int, *, near: bool) -> None:
-    """Fetch what will be read: to the first level of caches on, or from the second."""
+    """Fetch what will be read: soon and once, past all caches but the first, where it drives nothing out; or to the
+    second."""
     function = intrinsic(b, "llvm.prefetch.p0", [POINTER, I32, I32, I32], ir.VoidType())
-    how = [I32(0), I32(3 if near else 2), I32(1)]  # to read, how near, data
+    how = [I32(0), I32(0 if near else 2), I32(1)]  # to read, to keep how near, data
     for offset in range(0, num_bytes, LINE_BYTES):
         b.call(function, [at(b, address, offset), *how])
 
