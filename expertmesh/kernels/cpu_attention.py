@@ -23,7 +23,6 @@ from llvmlite import ir
 
 from expertmesh.kernels.cpu_ir import (
     F32,
-    I32,
     I64,
     LANES,
     POINTER,
@@ -44,7 +43,7 @@ from expertmesh.kernels.cpu_panels import on_threads
 from expertmesh.kernels.cpu_row_code import ITEMSIZE, NEEDS, Maths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 

@@ -92,7 +92,7 @@ class Format:
     whole_panel_rows: int = 3
     """Tiles of up to so many rows walk down a panel once, as all their sums fit; others once for each half."""
     near_rows: int = 3
-    """Tiles of up to so many have little to do but to wait for memory, and fetch what they will read next themselves."""
+    """Tiles of up to so many mostly wait for memory, and fetch what they will read next themselves."""
 
     @property
     def head_bytes(self) -> int:
