@@ -55,34 +55,27 @@ def _attend(
     if cache is None:
         output, _ = attend(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
         return output, None
+    # The kernel knows no more than plain attention does.
+    is_plain = attend is sdpa_attention_forward and options.get("position_bias") is None
+    kernel = _kernel(query.dtype, query.shape[-1]) if is_plain else None
     ends_q = options["cu_seq_lens_q"].tolist()
     allocator = cache.layer_to_allocator[module.layer_idx]
     # Not every model passes its window: some only have it in the mask, which takes no account of the cache.
     window = getattr(allocator, "sliding_window", None)
-    # The kernel knows no more than plain attention does.
-    is_plain = attend is sdpa_attention_forward and options.get("position_bias") is None
-    kernel = _kernel(query.dtype, query.shape[-1]) if is_plain else None
     in_place = None
     if kernel is not None and window is None and len(ends_q) == query.shape[2] + 1:
         in_place = _in_place(allocator, module.layer_idx, options)
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
-    ends_k = options["cu_seq_lens_k"].tolist()
-    spans = list(zip(pairwise(ends_q), pairwise(ends_k), strict=True))
+    spans = list(zip(pairwise(ends_q), pairwise(options["cu_seq_lens_k"].tolist()), strict=True))
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-    if kernel is not None:
-        rows = [
-            (from_q, from_k if window is None else max(from_k, to_k - window), to_k)
-            for (from_q, to_q), (from_k, to_k) in spans
-            if to_q - from_q == 1
-        ]
-        if rows:
-            scale = options.get("scaling") or query.shape[-1] ** -0.5
-            own_keys, own_values, seen = in_place or (key[0], value[0], torch.arange(key.shape[2]))
-            together = kernel(query[0], own_keys, own_values, seen, rows, scale)
-            if len(rows) == query.shape[2]:
-                return together.unsqueeze(0), None
-            output[0, [from_q for from_q, *_ in rows]] = together
-            spans = [span for span in spans if span[0][1] - span[0][0] > 1]
+    if kernel is not None and (rows := _single_tokens(spans, window)):
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        keys, values, seen = in_place or (key[0], value[0], torch.arange(key.shape[2]))
+        together = kernel(query[0], keys, values, seen, rows, scale)
+        if len(rows) == query.shape[2]:
+            return together.unsqueeze(0), None
+        output[0, [token for token, *_ in rows]] = together
+        spans = [span for span in spans if span[0][1] - span[0][0] > 1]
     dtype = _product_dtype(query.dtype)
     for (from_q, to_q), (from_k, to_k) in spans:
         own_query = query[:, :, from_q:to_q].to(dtype)
@@ -91,6 +84,19 @@ def _attend(
         part, _ = attend(module, own_query, own_key, own_value, mask, sliding_window=window, **options)
         output[:, from_q:to_q] = part
     return output, None
+
+
+_Span = tuple[int, int]
+"""From the first on, to the end."""
+
+
+def _single_tokens(spans: list[tuple[_Span, _Span]], window: int | None) -> list[tuple[int, int, int]]:
+    """Of requests with one new token: its place, and where the keys that it may see begin and end."""
+    return [
+        (from_q, from_k if window is None else max(from_k, to_k - window), to_k)
+        for (from_q, to_q), (from_k, to_k) in spans
+        if to_q - from_q == 1
+    ]
 
 
 def _in_place(

@@ -1,4 +1,4 @@
-"""The dense model's linear layers on CPU cores, in the arithmetic that hosts use for experts.
+"""The dense model's linear layers and gates on CPU cores, in the arithmetic that hosts use for experts.
 
 Owns what stands in for the layers' forward. Does not know the model around them. Invariant: a
 row's bits depend on nothing but the row and the layer, so that what a request gets from them is the same in any
@@ -10,10 +10,11 @@ Shapes: R rows, K columns, N results of a row.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from expertmesh.engine.stand_ins import stand_in
 from expertmesh.kernels.cpu import choose_arithmetic
@@ -34,7 +35,7 @@ def pack_linears(model: torch.nn.Module) -> Callable[[], None]:
 
     The copies are made now; later changes of the weights do not reach them. The weights stay, for what else reads them.
     """
-    return stand_in(model, lambda module: _packed_forward(module) if _is_plain(module) else None)
+    return stand_in(model, lambda module: _packed(module.weight, module.bias) if _is_plain(module) else None)
 
 
 def _is_plain(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
@@ -47,17 +48,59 @@ def _is_plain(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     )
 
 
-def _packed_forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    dtype = _DTYPES[layer.weight.dtype]
-    arithmetic = _arithmetic(layer.in_features, layer.out_features, dtype)
-    weight, bias = (
-        None if tensor is None else tensor.detach().to(arithmetic.dtype) for tensor in (layer.weight, layer.bias)
-    )
-    assert weight is not None
-    matrix = arithmetic.pack(weight, bias)
+def pack_gates(model: torch.nn.Module) -> Callable[[], None]:
+    """The same for what the gates of MoE layers multiply with. Returns the way back.
+
+    Their modules are no linear layers: each multiplies with its weight in the midst of its forward, often in float32.
+    """
+    return stand_in(model, _gate_forward)
+
+
+def _gate_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
+    if type(module) is torch.nn.Linear or not type(module).__name__.endswith(("Router", "Gate")):
+        return None
+    weights = [weight for weight in module.parameters() if weight.dim() == 2]
+    if len(weights) != 1 or weights[0].device.type != "cpu":
+        return None
+    products, own = _Products(weights[0].shape), module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with products:
+            return own(*args, **kwargs)
+
+    return forward
+
+
+class _Products(TorchFunctionMode):
+    """While it is in force, `F.linear` with a weight of one shape, which only one has, computes from a packed copy."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self._shape = shape
+        self._packed: dict[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] = {}
+        """By the dtype in which the module multiplies."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is F.linear and not kwargs:
+            x, weight, bias = (*args, None)[:3]
+            if weight.shape == self._shape and x.dtype == weight.dtype and x.dtype in _DTYPES:
+                if x.dtype not in self._packed:
+                    self._packed[x.dtype] = _packed(weight, bias)
+                return self._packed[x.dtype](x)
+        return function(*args, **(kwargs or {}))
+
+
+def _packed(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x [..., K] -> y [..., N], of the weight's dtype."""
+    dtype, (num_results, num_columns) = _DTYPES[weight_NK.dtype], weight_NK.shape
+    arithmetic = _arithmetic(num_columns, num_results, dtype)
+    bias = None if bias_N is None else bias_N.detach().to(arithmetic.dtype)
+    matrix = arithmetic.pack(weight_NK.detach().to(arithmetic.dtype), bias)
     if arithmetic.linear is not None:
-        return arithmetic.linear(matrix, layer.in_features, layer.out_features, dtype)
-    return functools.partial(_linear, arithmetic, matrix, layer.out_features)
+        return arithmetic.linear(matrix, num_columns, num_results, dtype)
+    return functools.partial(_linear, arithmetic, matrix, num_results)
 
 
 def _arithmetic(num_columns: int, num_results: int, dtype: str) -> Arithmetic:

@@ -18,7 +18,7 @@ import torch
 
 from expertmesh.engine.api import FINISH_ERROR, EngineStatistics, GenerateRequest, PromptLogprobs, TokenEvent
 from expertmesh.engine.batch import Batch, Generation
-from expertmesh.engine.linears import pack_linears
+from expertmesh.engine.linears import pack_gates, pack_linears
 from expertmesh.engine.norms import replace_norms
 from expertmesh.engine.sampling import Choice, SamplingState
 from expertmesh.engine.score import score_prompt
@@ -49,7 +49,7 @@ class ThreadedEngine:
         self._gates = gates
         self._batch = batch
         self._config = config
-        self._restore_layers = pack_linears(model), replace_norms(model)
+        self._restore_layers = pack_linears(model), pack_gates(model), replace_norms(model)
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._eos_token_ids = _eos_token_ids(model)
         self._keys = itertools.count()

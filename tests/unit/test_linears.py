@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.mixtral import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from expertmesh.engine.linears import pack_linears
+from expertmesh.engine.linears import pack_gates, pack_linears
 
 SIZES = [(64, 96), (40, 33), (200, 7), (512, 1000)]
 
@@ -78,3 +86,49 @@ def test_layers_that_do_more_or_that_were_wrapped_are_left_alone():
     assert torch.equal(model[1](model[0](x)), expected)
     restore()
     assert model[1].forward is wrapped
+
+
+GATES = {
+    "mixtral": lambda: MixtralTopKRouter(MixtralConfig(hidden_size=96, num_local_experts=12)),
+    "deepseek": lambda: DeepseekV3TopkRouter(
+        DeepseekV3Config(hidden_size=96, n_routed_experts=12, n_group=2, topk_group=1, num_experts_per_tok=2)
+    ),
+    "gpt_oss": lambda: GptOssTopKRouter(GptOssConfig(hidden_size=96, num_local_experts=12)),
+    "llama4": lambda: Llama4Router(Llama4TextConfig(hidden_size=96, num_local_experts=12)),
+}
+
+
+def gate(family: str, dtype: torch.dtype) -> torch.nn.Sequential:
+    found = GATES[family]().to(dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in found.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+    for buffer in found.buffers():
+        buffer.zero_()
+    return torch.nn.Sequential(found)
+
+
+def logits(model: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """[rows, experts], which some gates return first, some last and some alone."""
+    found = model(x)
+    parts = found if isinstance(found, tuple) else (found,)
+    (of_all,) = [part for part in parts if part.shape == (len(x), 12) and part.min() < 0]
+    return of_all
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", GATES)
+def test_a_packed_gate_says_the_same_and_of_a_row_in_any_company(family, dtype):
+    model, x = gate(family, dtype), rows(40, 96, dtype)
+    expected = logits(model, x)
+    restore = pack_gates(model)
+    found = logits(model, x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    for count in (1, 2, 3, 5, 17):
+        assert torch.equal(logits(model, x[-count:]), found[-count:])
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    assert torch.equal(logits(model, x), found), "the packed copy is in use"
+    restore()
+    assert "forward" not in vars(model[0])
