@@ -71,10 +71,7 @@ class Attend(Work):
         ("out", ctypes.c_void_p),  # [R, G, D]
         ("num_heads", ctypes.c_int64),
         ("sharing", ctypes.c_int64),  # heads that have their keys and values in common
-        (
-            "rows",
-            ctypes.c_void_p,
-        ),  # int64 [R, 3]: its token, its first key's place in `seen`, the end of its keys there
+        ("rows", ctypes.c_void_p),  # int64 [R, 3]: its token, and where in `seen` its keys begin and end
         ("seen", ctypes.c_void_p),  # int64 [S]: the token of each key
         ("scale", ctypes.c_float),
     )
