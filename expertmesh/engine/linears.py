@@ -1,8 +1,8 @@
 """The dense model's linear layers and gates on CPU cores, in the arithmetic that hosts use for experts.
 
-Owns what stands in for the layers' forward. Does not know the model around them. Invariant: a
-row's bits depend on nothing but the row and the layer, so that what a request gets from them is the same in any
-company. torch promises that for no product, and its bfloat16 is slow where the processor has no instructions for it.
+Owns what stands in for the layers' forward. Does not know the model around them. Invariant: a row's bits depend on
+nothing but the row and the layer, so that what a request gets from them is the same in any company. torch promises that
+for no product, and its bfloat16 is slow where the processor has no instructions for it.
 
 Shapes: R rows, K columns, N results of a row.
 """
@@ -57,7 +57,7 @@ def pack_gates(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def _gate_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
-    if type(module) is torch.nn.Linear or not type(module).__name__.endswith(("Router", "Gate")):
+    if not type(module).__name__.endswith(("Router", "Gate")):
         return None
     weights = [weight for weight in module.parameters() if weight.dim() == 2]
     if len(weights) != 1 or weights[0].device.type != "cpu":
@@ -94,12 +94,10 @@ class _Products(TorchFunctionMode):
 
 def _packed(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """x [..., K] -> y [..., N], of the weight's dtype."""
-    dtype, (num_results, num_columns) = _DTYPES[weight_NK.dtype], weight_NK.shape
-    arithmetic = _arithmetic(num_columns, num_results, dtype)
+    num_results, num_columns = weight_NK.shape
+    arithmetic = _arithmetic(num_columns, num_results, _DTYPES[weight_NK.dtype])
     bias = None if bias_N is None else bias_N.detach().to(arithmetic.dtype)
     matrix = arithmetic.pack(weight_NK.detach().to(arithmetic.dtype), bias)
-    if arithmetic.linear is not None:
-        return arithmetic.linear(matrix, num_columns, num_results, dtype)
     return functools.partial(_linear, arithmetic, matrix, num_results)
 
 
@@ -121,6 +119,7 @@ def _linear(arithmetic: Arithmetic, matrix: Matrix, num_results: int, x: torch.T
     num_rows = len(x_RK)
     if missing := -num_rows % arithmetic.row_multiple:
         x_RK = F.pad(x_RK, (0, 0, 0, missing))
-    sizes = [len(part) for part in torch.split(x_RK, arithmetic.max_rows)]
+    most = arithmetic.max_rows
+    sizes = [min(most, len(x_RK) - first) for first in range(0, len(x_RK), most)] or [0]
     y_RN = arithmetic.product(x_RK, sizes, [matrix] * len(sizes))
     return y_RN[:num_rows, :num_results].to(x.dtype).contiguous().view(*x.shape[:-1], num_results)

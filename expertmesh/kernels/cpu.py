@@ -75,16 +75,12 @@ class Arithmetic:
     """Of codes, scales and biases: where weights are held as they are stored. Else they are dequantized first."""
     ffn: Callable[[ExpertSpec], Ffn] | None = None
     """All of it in a way of its own, where it has one. Else it is made of two products."""
-    linear: Callable[[Matrix, int, int, str], Linear] | None = None
-    """One product in a way of its own, where it has one. Of a matrix, its columns and results, and the rows' dtype."""
     in_pool: bool = False
     """Whether what is packed is plain memory, which may be moved: then it lies in huge pages."""
 
 
 Ffn: TypeAlias = "Callable[[Sequence[Expert | None], Tensor, Tensor, Tensor], Tensor]"
 """The experts in all slots, x_TH, row_P and slot_P -> y_PH, as `ExpertKernel.run`."""
-Linear: TypeAlias = "Callable[[Tensor], Tensor]"
-"""x [..., K] -> y [..., N] in x's dtype."""
 
 
 class CpuKernel:
@@ -309,7 +305,6 @@ def _panels(form: str) -> Arithmetic:
         num_bytes=lambda w: w.nbytes,
         product=product,
         ffn=lambda spec: cpu_panels.Ffn(spec, form),
-        linear=lambda matrix, *sizes: cpu_panels.Linear(form, matrix.w, *sizes),
         max_rows=MAX_PAIRS,
         in_pool=True,
     )

@@ -39,7 +39,7 @@ from expertmesh.kernels.cpu_ir import (
     scratch,
     worker,
 )
-from expertmesh.kernels.cpu_panels import on_threads
+from expertmesh.kernels.cpu_panels import on_threads, shared_out
 from expertmesh.kernels.cpu_row_code import ITEMSIZE, NEEDS, Maths
 
 if TYPE_CHECKING:
@@ -93,10 +93,9 @@ def attend(
     code = attention_code(query.dtype, width)
     out = query.new_empty(len(rows), num_heads, width)
     table = array("q", [number for row in rows for number in row])
-    num_threads = torch.get_num_threads()
-    if sum(end - first for _, first, end in rows) * num_heads * width < MIN_NUMBERS:
-        num_threads = 1
     num_turns = len(rows) * num_heads
+    num_numbers = sum(end - first for _, first, end in rows) * num_heads * width
+    chunk, num_threads = shared_out(num_turns, num_numbers, MIN_NUMBERS)
     places = {
         f"{name}_{step}": tensor.stride(dim) * tensor.itemsize
         for name, tensor in (("query", query), ("key", key), ("value", value))
@@ -105,7 +104,7 @@ def attend(
     work = Attend(
         next=0,
         end=num_turns,
-        chunk=-(-num_turns // (4 * num_threads)),
+        chunk=chunk,
         query=query.data_ptr(),
         key=key.data_ptr(),
         value=value.data_ptr(),
@@ -162,7 +161,7 @@ class _Head:
         )
         self._key_step, self._value_step = (field(b, work, Attend, f"{name}_token") for name in ("key", "value"))
         self._out = at(b, field(b, work, Attend, "out", POINTER), b.mul(number, I64(width * ITEMSIZE[dtype])))
-        self._scale = self._repeat(field(b, work, Attend, "scale", F32))
+        self._scale = self._maths.repeat(field(b, work, Attend, "scale", F32))
 
     def _place(self, work: ir.Value, name: str, head: ir.Value, token: ir.Value) -> ir.Value:
         b = self._b
@@ -179,7 +178,7 @@ class _Head:
             m.store("float32", m.constant(0.0), self._sums, I64(e))
         blocks = divide_up(b, b.sub(self._end, self._first), I64(BLOCK))
         _, total = loop(b, blocks, [F32(float("-inf")), F32(0.0)], self._block)
-        total = self._repeat(total)
+        total = self._maths.repeat(total)
         for e in range(0, self._width, LANES):
             m.store(self._dtype, b.fdiv(m.load("float32", self._sums, I64(e)), total), self._out, I64(e))
 
@@ -192,7 +191,7 @@ class _Head:
         lane = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
         halves, seen = [], []
         for half in (0, LANES):
-            left = self._repeat(b.sub(self._end, b.add(start, I64(half))), I64)
+            left = repeated(b, b.sub(self._end, b.add(start, I64(half))), ir.VectorType(I64, LANES))
             seen.append(b.icmp_signed("<", lane, left))
             scores = m.load("float32", self._scores, I64(half))
             halves.append(b.select(seen[-1], scores, m.constant(float("-inf"))))
@@ -202,10 +201,10 @@ class _Head:
         kept = Maths(b, 1).exp(b.fsub(greatest, new_greatest))
         weights = []
         for half, scores, are_seen in zip((0, LANES), halves, seen, strict=True):
-            weight = m.exp(b.fsub(scores, self._repeat(new_greatest)))
+            weight = m.exp(b.fsub(scores, self._maths.repeat(new_greatest)))
             weights.append(b.select(are_seen, weight, m.constant(0.0)))
             m.store("float32", weights[-1], self._scores, I64(half))
-        self._add_values(start, self._repeat(kept))
+        self._add_values(start, self._maths.repeat(kept))
         return [new_greatest, Maths(b, 1).fma(total, kept, folded(b, b.fadd(*weights), b.fadd))]
 
     def _score(self, start: ir.Value, group: int) -> None:
@@ -237,7 +236,7 @@ class _Head:
                 row = at(b, self._values, b.mul(self._token(minimum(b, b.add(start, i), last)), self._value_step))
                 if first == 0:
                     self._prefetch(row, self._next_values)
-                weight = self._repeat(b.load(at(b, self._scores, b.mul(i, I64(4))), typ=F32, align=4))
+                weight = self._maths.repeat(b.load(at(b, self._scores, b.mul(i, I64(4))), typ=F32, align=4))
                 values = [m.load(self._dtype, row, e) for e in places]
                 return [m.fma(weight, value, one) for value, one in zip(values, sums, strict=True)]
 
@@ -253,6 +252,3 @@ class _Head:
 
     def _greater(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self._b.select(self._b.fcmp_ordered(">", x, y), x, y)
-
-    def _repeat(self, value: ir.Value, element: ir.Type = F32) -> ir.Value:
-        return repeated(self._b, value, ir.VectorType(element, LANES))

@@ -10,15 +10,16 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING
 
-import torch
 from llvmlite import ir
 
 from expertmesh.kernels.cpu_ir import F32, I64, POINTER, Work, at, compiled, field, loop, worker
-from expertmesh.kernels.cpu_panels import on_threads
+from expertmesh.kernels.cpu_panels import on_threads, shared_out
 from expertmesh.kernels.cpu_row_code import ITEMSIZE, NEEDS, Maths, elements
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
 MIN_NUMBERS = 2**17
 """Of rows that are worth waking another thread for."""
@@ -40,11 +41,11 @@ def combine(rows_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """y_TH in the rows' dtype; both are contiguous, the weights float32. Raises RuntimeError as `cpu_ir.compiled`."""
     num_tokens, num_choices, hidden = rows_TKH.shape
     y_TH = rows_TKH.new_empty(num_tokens, hidden)
-    num_threads = torch.get_num_threads() if rows_TKH.numel() >= MIN_NUMBERS else 1
+    chunk, num_threads = shared_out(num_tokens, rows_TKH.numel(), MIN_NUMBERS)
     work = Combine(
         next=0,
         end=num_tokens,
-        chunk=-(-num_tokens // (4 * num_threads)),
+        chunk=chunk,
         rows=rows_TKH.data_ptr(),
         weights=weights_TK.data_ptr(),
         out=y_TH.data_ptr(),

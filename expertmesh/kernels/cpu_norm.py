@@ -30,7 +30,7 @@ from expertmesh.kernels.cpu_ir import (
     loop,
     worker,
 )
-from expertmesh.kernels.cpu_panels import on_threads
+from expertmesh.kernels.cpu_panels import on_threads, shared_out
 from expertmesh.kernels.cpu_row_code import ITEMSIZE, NEEDS, Maths, elements
 
 if TYPE_CHECKING:
@@ -61,11 +61,12 @@ def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, epsilon: float) -> torch.T
     """
     x = x.contiguous()
     y, hidden = torch.empty_like(x), len(weight_H)
-    num_rows, num_threads = x.numel() // hidden, torch.get_num_threads() if x.numel() >= MIN_NUMBERS else 1
+    num_rows = x.numel() // hidden
+    chunk, num_threads = shared_out(num_rows, x.numel(), MIN_NUMBERS)
     work = Norm(
         next=0,
         end=num_rows,
-        chunk=-(-num_rows // (4 * num_threads)),
+        chunk=chunk,
         rows=x.data_ptr(),
         weight=weight_H.data_ptr(),
         out=y.data_ptr(),

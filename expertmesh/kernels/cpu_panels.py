@@ -1,4 +1,4 @@
-"""Weights in panels, in the spec's dtype or its codes, products with them, and the whole FFN, on torch's threads.
+"""Weights in panels, in the spec's dtype or its codes, the product with them, and the whole FFN, on torch's threads.
 
 Owns the packing and the division of work among threads; the machine code is `cpu_code`'s and `cpu_row_code`'s, and so
 is the invariant: an element's bits depend on its row and its column alone, whoever computes it beside whatever else.
@@ -23,7 +23,7 @@ from expertmesh.kernels.activation import activate
 from expertmesh.kernels.blocks import MAX_PAIRS, runs
 from expertmesh.kernels.cpu_code import COLUMNS, PAIRS, Call, product_code
 from expertmesh.kernels.cpu_ir import LANES
-from expertmesh.kernels.cpu_row_code import Rows, activation_code, cast_code, gather_code
+from expertmesh.kernels.cpu_row_code import Rows, activation_code, gather_code, round_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,7 +93,9 @@ _Block: TypeAlias = "tuple[Tensor, tuple[int, int]]"
 def multiply(form: str, x_RK: Tensor, sizes: list[int], weights: Sequence[Tensor]) -> Tensor:
     """y_RN, where N is filled up to whole panels: `sizes` rows of x_RK by each of `weights` of `form`, in order."""
     if form == PAIRS:
-        x_RK = F.pad(x_RK.to(torch.bfloat16), (0, x_RK.shape[1] % 2))
+        x_RK = x_RK.to(torch.bfloat16)
+        if x_RK.shape[1] % 2:
+            x_RK = F.pad(x_RK, (0, 1))
     x_RK = x_RK.contiguous()
     y_RN = torch.empty(len(x_RK), len(weights[0]) * COLUMNS)
     spans = pairwise(accumulate(sizes, initial=0))
@@ -121,36 +123,6 @@ def _multiply(code: int, x_RK: Tensor, blocks: Sequence[_Block], y_RN: Tensor) -
     on_threads(code, call, num_threads)
 
 
-class Linear:
-    """`F.linear` with one weight: between the rows and the results, all in machine code."""
-
-    def __init__(self, form: str, w: Tensor, num_columns: int, num_results: int, dtype: str) -> None:
-        """`form` is the weight's, `dtype` that of rows and results. Raises RuntimeError as `product_code` does."""
-        self._product, self._w = product_code(form), w
-        factors = "bfloat16" if form == PAIRS else "float32"
-        self._num_columns, self._num_results = num_columns, num_results
-        self._factors: torch.dtype = getattr(torch, factors)
-        per_word = 4 // self._factors.itemsize
-        self._depth = -(-num_columns // per_word) * per_word
-        self._widen = cast_code(dtype, factors) if dtype != factors or self._depth > num_columns else None
-        self._round = cast_code("float32", dtype) if dtype != "float32" or num_results % COLUMNS else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] -> y [..., N] in x's dtype."""
-        x_RK = x.reshape(-1, self._num_columns).contiguous()
-        num_rows = len(x_RK)
-        if self._widen is not None:
-            factors_RK = x.new_zeros(num_rows, self._depth, dtype=self._factors)
-            make_rows(self._widen, x_RK, factors_RK[:, : self._num_columns])
-            x_RK = factors_RK
-        y_RN = torch.empty(num_rows, len(self._w) * COLUMNS)
-        _multiply(self._product, x_RK, [(self._w, (0, num_rows))], y_RN)
-        if self._round is not None:
-            sums_RN, y_RN = y_RN[:, : self._num_results], x.new_empty(num_rows, self._num_results)
-            make_rows(self._round, sums_RN, y_RN)
-        return y_RN.view(*x.shape[:-1], self._num_results)
-
-
 class Ffn:
     """The FFN of the pairs of a call: between the first row and the last, all in machine code where it can be.
 
@@ -162,7 +134,7 @@ class Ffn:
         self._spec = spec
         self._product = product_code(form)
         factors = "bfloat16" if form == PAIRS else "float32"
-        self._gather, self._round = gather_code(spec.dtype, factors), cast_code("float32", spec.dtype)
+        self._gather, self._round = gather_code(spec.dtype, factors), round_code(spec.dtype)
         self._activation = activation_code(spec.activation, gated=spec.gated, written=factors)
         columns = 4 // getattr(torch, factors).itemsize
         widths = [-(-width // columns) for width in (spec.hidden, spec.intermediate)]  # in 4 bytes
@@ -240,6 +212,12 @@ def _parallel() -> Callable[..., None] | None:
     if entry is not None:
         entry.argtypes, entry.restype = [_Code, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return entry
+
+
+def shared_out(num_turns: int, num_numbers: int, least: int) -> tuple[int, int]:
+    """Turns that a thread takes at a time, and how many threads: one for less than `least` numbers."""
+    num_threads = torch.get_num_threads() if num_numbers >= least else 1
+    return -(-num_turns // (CHUNKS_PER_THREAD * num_threads)), num_threads
 
 
 def on_threads(code: int, work: Work, num_threads: int) -> None:

@@ -219,9 +219,9 @@ def gather_code(dtype: str, written: str = "float32") -> int:
 
 
 @functools.cache
-def cast_code(dtype: str, written: str) -> int:
-    """`void (Rows *)`: rows of `dtype`, in `written`. Raises as `cpu_ir.compiled`."""
-    return _code(dtype, written, lambda m, row, e, _: m.load(dtype, row, e))
+def round_code(dtype: str) -> int:
+    """`void (Rows *)`: rows of float32, in `dtype`."""
+    return _code("float32", dtype, lambda m, row, e, _: m.load("float32", row, e))
 
 
 @functools.cache

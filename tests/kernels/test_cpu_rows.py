@@ -55,7 +55,7 @@ def test_rows_are_rounded_as_torch_rounds(dtype):
     values = torch.cat([edges, ties, torch.nextafter(ties, edges), bits.view(torch.float32)]).view(-1, 61 * 4 + 12)
     for width in (256, 251):
         rounded = torch.empty(len(values), width, dtype=getattr(torch, dtype))
-        cpu_panels.make_rows(cpu_row_code.cast_code("float32", dtype), values, rounded)
+        cpu_panels.make_rows(cpu_row_code.round_code(dtype), values, rounded)
         torch.testing.assert_close(rounded, values[:, :width].to(rounded.dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -101,7 +101,7 @@ def test_rows_are_shared_among_threads():
     torch.set_num_threads(2)
     x = spread(300, 1000)
     y = torch.empty(300, 1000, dtype=torch.bfloat16)
-    cpu_panels.make_rows(cpu_row_code.cast_code("float32", "bfloat16"), x, y)
+    cpu_panels.make_rows(cpu_row_code.round_code("bfloat16"), x, y)
     torch.set_num_threads(before)
     assert torch.equal(y, x.bfloat16())
 
